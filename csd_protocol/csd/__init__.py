@@ -1,0 +1,1 @@
+"""Generated stubs, one package a version."""

@@ -1,0 +1,334 @@
+"""Compiled arithmetic on 16-bit weights: fused FFN neurons, dot products and row sums.
+
+Decoding is bound by how fast weights come from memory, so weights are read once, as they lie on
+the drive (IEEE half or bfloat16, row after row), widened in registers and accumulated in float32.
+With few activation rows (decode, up to `NARROW_ROWS`) compiled loops do all of it. With many
+(prefill) the same weights serve every row and arithmetic counts, so tiles of about `TILE_BYTES`
+are widened once into a scratch that stays in cache and go through torch's matrix product.
+
+Results do not depend on the number of threads: rows are cut into lanes by their count alone, each
+lane sums its chunks of `CHUNK_ROWS` rows in order, and lanes are added in order. Every kernel
+releases the GIL.
+
+Weights are uint16 arrays [count, columns]; `rows` picks and orders some of them (int64, None: all
+in order), so a gathered subset needs no copy. `bf16` says how to read the 16 bits. All arrays are
+C-contiguous; a kernel raises ValueError when shapes, types or layouts do not fit.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
+
+F32 = npt.NDArray[np.float32]
+U16 = npt.NDArray[np.uint16]
+I64 = npt.NDArray[np.int64]
+
+NARROW_ROWS = 4  # activation rows up to which the compiled loops beat widening tiles
+CHUNK_ROWS = 128  # weight rows summed into one float32 accumulator, which bounds its rounding
+LANES_MAX = 16
+LANE_BYTES = 1 << 20  # weights that are worth a thread of their own
+TILE_BYTES = 2 << 20  # float32 scratch of the wide path
+
+_FAST = {"reassoc", "contract", "nsz", "arcp"}  # vectorise sums, but keep NaN and infinity
+_parallel_region = threading.Lock()  # numba's work queue takes one parallel call at a time
+
+
+def neurons(
+    x: F32, units: U16, rows: I64 | None, out: F32, bf16: bool, activity: F32 | None = None
+) -> None:
+    """Add the output of SwiGLU neurons to `out`: sum over rows of silu(x.gate) * (x.up) * down.
+
+    x [tokens, hidden]; units [count, 3 * hidden], each gate row, up row, down column;
+    rows [k] into units; out [tokens, hidden] += ; activity [k], when given, receives
+    max over tokens of |silu(x.gate) * (x.up)|.
+    """
+    tokens, hidden = x.shape
+    weights, picked = _checked(units, rows, 3 * hidden, bf16)
+    _check_floats("x", x, (tokens, hidden))
+    _check_floats("out", out, (tokens, hidden))
+    peaks = np.zeros(picked.shape[0], np.float32) if activity is None else activity
+    _check_floats("activity", peaks, picked.shape)
+    if tokens > NARROW_ROWS:
+        _wide_neurons(x, weights, picked, out, peaks)
+        return
+    lanes = _lanes(picked, units)
+    if lanes == 1:
+        _neurons_serial(x, weights, picked, out, peaks)
+        return
+    with _parallel_region:
+        _neurons_parallel(x, weights, picked, out, peaks, lanes)
+
+
+def rows_dot(x: F32, weights: U16, rows: I64 | None, out: F32, bf16: bool) -> None:
+    """out[t, i] = x[t] . weights[rows[i]]: y = x @ w.T.
+
+    x [tokens, columns]; weights [count, columns]; rows [k]; out [tokens, k], overwritten.
+    """
+    tokens, columns = x.shape
+    bits, picked = _checked(weights, rows, columns, bf16)
+    _check_floats("x", x, (tokens, columns))
+    _check_floats("out", out, (tokens, picked.shape[0]))
+    if tokens > NARROW_ROWS:
+        _wide_dot(x, bits, picked, out)
+        return
+    lanes = _lanes(picked, weights)
+    if lanes == 1:
+        _dot_rows(x, bits, picked, out, 0, picked.shape[0])
+        return
+    with _parallel_region:
+        _dot_parallel(x, bits, picked, out, lanes)
+
+
+def rows_axpy(a: F32, weights: U16, rows: I64 | None, out: F32, bf16: bool) -> None:
+    """out[t] += sum over i of a[t, i] * weights[rows[i]]: y += a @ w.
+
+    a [tokens, k]; weights [count, columns]; rows [k]; out [tokens, columns].
+    """
+    tokens, columns = out.shape
+    bits, picked = _checked(weights, rows, columns, bf16)
+    _check_floats("a", a, (tokens, picked.shape[0]))
+    _check_floats("out", out, (tokens, columns))
+    if tokens > NARROW_ROWS:
+        _wide_axpy(a, bits, picked, out)
+        return
+    lanes = _lanes(picked, weights)
+    if lanes == 1:
+        _axpy_serial(a, bits, picked, out)
+        return
+    with _parallel_region:
+        _axpy_parallel(a, bits, picked, out, lanes)
+
+
+def widen_rows(weights: U16, rows: I64 | None, out: F32, bf16: bool) -> None:
+    """out[i] = weights[rows[i]] as float32. weights [count, columns]; out [k, columns]."""
+    bits, picked = _checked(weights, rows, weights.shape[1], bf16)
+    _check_floats("out", out, (picked.shape[0], weights.shape[1]))
+    _widen_range(bits, picked, 0, picked.shape[0], out)
+
+
+# ---- what a caller may pass ------------------------------------------------------------------
+
+
+def _checked(weights: U16, rows: I64 | None, columns: int, bf16: bool) -> tuple[Any, I64]:
+    """The weights typed by their format (uint16: half, int16: bfloat16), and the rows to take."""
+    if weights.dtype != np.uint16 or not weights.flags.c_contiguous:
+        raise ValueError(f"weights must be C-contiguous uint16, not {weights.dtype}")
+    if weights.ndim != 2 or weights.shape[1] != columns:
+        raise ValueError(f"weights must be [count, {columns}], not {list(weights.shape)}")
+    count = weights.shape[0]
+    picked = np.arange(count) if rows is None else rows
+    if picked.dtype != np.int64 or picked.ndim != 1 or not picked.flags.c_contiguous:
+        raise ValueError(f"rows must be contiguous int64 [k], not {picked.dtype} {picked.shape}")
+    if picked.size and (picked.min() < 0 or picked.max() >= count):
+        raise ValueError(f"rows must lie in 0..{count - 1}, not {picked.min()}..{picked.max()}")
+    return (weights.view(np.int16) if bf16 else weights), picked
+
+
+def _check_floats(name: str, array: F32, shape: tuple[int, ...]) -> None:
+    if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
+        raise ValueError(
+            f"{name} must be C-contiguous float32 {list(shape)}, "
+            f"not {array.dtype} {list(array.shape)}"
+        )
+
+
+def _lanes(picked: I64, weights: U16) -> int:
+    """How many pieces to cut the rows into: by their bytes alone, never by the machine."""
+    picked_bytes = picked.shape[0] * weights.shape[1] * 2
+    return max(1, min(LANES_MAX, picked_bytes // LANE_BYTES))
+
+
+# ---- many activation rows: widen a tile, multiply it -----------------------------------------
+
+
+def _tiles(count: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(16, TILE_BYTES // (4 * columns))
+    for start in range(0, count, step):
+        yield start, min(count, start + step)
+
+
+def _wide_neurons(x: F32, weights: Any, picked: I64, out: F32, activity: F32) -> None:
+    hidden = x.shape[1]
+    x_tensor, out_tensor = torch.from_numpy(x), torch.from_numpy(out)
+    peaks = torch.from_numpy(activity)
+    for start, stop, tile in _widened(weights, picked):
+        gate, up, down = tile[:, :hidden], tile[:, hidden : 2 * hidden], tile[:, 2 * hidden :]
+        acts = torch.nn.functional.silu(x_tensor @ gate.T).mul_(x_tensor @ up.T)
+        out_tensor.addmm_(acts, down)
+        peaks[start:stop] = acts.abs_().amax(dim=0)
+
+
+def _wide_dot(x: F32, weights: Any, picked: I64, out: F32) -> None:
+    x_tensor, out_tensor = torch.from_numpy(x), torch.from_numpy(out)
+    for start, stop, tile in _widened(weights, picked):
+        out_tensor[:, start:stop] = x_tensor @ tile.T
+
+
+def _wide_axpy(a: F32, weights: Any, picked: I64, out: F32) -> None:
+    a_tensor, out_tensor = torch.from_numpy(a), torch.from_numpy(out)
+    for start, stop, tile in _widened(weights, picked):
+        out_tensor.addmm_(a_tensor[:, start:stop], tile)
+
+
+def _widened(weights: Any, picked: I64) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Tiles of the picked rows in float32: (start, stop, [stop - start, columns]).
+
+    One scratch serves all tiles, so a tile is good until the next is asked for.
+    """
+    columns = weights.shape[1]
+    scratch: F32 | None = None
+    for start, stop in _tiles(picked.shape[0], columns):
+        if scratch is None:
+            scratch = np.empty((stop - start, columns), np.float32)
+        _widen_range(weights, picked, start, stop, scratch)
+        yield start, stop, torch.from_numpy(scratch[: stop - start])
+
+
+# ---- compiled loops --------------------------------------------------------------------------
+
+
+@intrinsic
+def _widen(typing_context: Any, bits: Any) -> Any:
+    """16 bits to float32: int16 holds a bfloat16, uint16 an IEEE half."""
+    is_bfloat = bits == types.int16
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if is_bfloat:
+            word = builder.zext(arguments[0], ir.IntType(32))
+            shifted = builder.shl(word, ir.Constant(ir.IntType(32), 16))
+            return builder.bitcast(shifted, ir.FloatType())
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+@njit(nogil=True, cache=True)
+def _widen_range(weights: Any, picked: Any, start: Any, stop: Any, out: Any) -> None:
+    for position in range(start, stop):
+        row = weights[picked[position]]
+        for column in range(row.shape[0]):
+            out[position - start, column] = _widen(row[column])
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _add_scaled(total: Any, scale: Any, row: Any, first: Any) -> None:
+    """total += scale * row[first : first + total.size]."""
+    for column in range(total.shape[0]):
+        total[column] += scale * _widen(row[first + column])
+
+
+@njit(nogil=True, cache=True)
+def _flush(chunk: Any, total: Any) -> None:
+    """total += chunk; chunk = 0. Both [tokens, columns]."""
+    for token in range(chunk.shape[0]):
+        for column in range(chunk.shape[1]):
+            total[token, column] += chunk[token, column]
+            chunk[token, column] = np.float32(0)
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _activation(x: Any, row: Any, hidden: Any) -> Any:
+    """silu(x . gate) * (x . up) of one neuron and one token."""
+    gate = np.float32(0)
+    up = np.float32(0)
+    for column in range(hidden):
+        gate += _widen(row[column]) * x[column]
+        up += _widen(row[hidden + column]) * x[column]
+    return gate / (np.float32(1) + np.exp(-gate)) * up
+
+
+@njit(nogil=True, cache=True)
+def _neurons_range(
+    x: Any, units: Any, picked: Any, start: Any, stop: Any, total: Any, activity: Any
+) -> None:
+    tokens, hidden = x.shape
+    chunk = np.zeros((tokens, hidden), np.float32)
+    for position in range(start, stop):
+        row = units[picked[position]]
+        peak = np.float32(0)
+        for token in range(tokens):
+            act = _activation(x[token], row, hidden)
+            peak = max(peak, abs(act))
+            _add_scaled(chunk[token], act, row, 2 * hidden)
+        activity[position] = peak
+        if (position - start + 1) % CHUNK_ROWS == 0:
+            _flush(chunk, total)
+    _flush(chunk, total)
+
+
+@njit(nogil=True, cache=True)
+def _neurons_serial(x: Any, units: Any, picked: Any, out: Any, activity: Any) -> None:
+    _neurons_range(x, units, picked, 0, picked.shape[0], out, activity)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _neurons_parallel(
+    x: Any, units: Any, picked: Any, out: Any, activity: Any, lanes: Any
+) -> None:
+    count = picked.shape[0]
+    totals = np.zeros((lanes, x.shape[0], x.shape[1]), np.float32)
+    for lane in prange(lanes):
+        start, stop = lane * count // lanes, (lane + 1) * count // lanes
+        _neurons_range(x, units, picked, start, stop, totals[lane], activity)
+    for lane in range(lanes):
+        _flush(totals[lane], out)
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _dot(x: Any, row: Any) -> Any:
+    total = np.float32(0)
+    for column in range(row.shape[0]):
+        total += _widen(row[column]) * x[column]
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _dot_rows(x: Any, weights: Any, picked: Any, out: Any, start: Any, stop: Any) -> None:
+    for position in range(start, stop):
+        row = weights[picked[position]]
+        for token in range(x.shape[0]):
+            out[token, position] = _dot(x[token], row)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _dot_parallel(x: Any, weights: Any, picked: Any, out: Any, lanes: Any) -> None:
+    count = picked.shape[0]
+    for lane in prange(lanes):
+        start, stop = lane * count // lanes, (lane + 1) * count // lanes
+        _dot_rows(x, weights, picked, out, start, stop)
+
+
+@njit(nogil=True, cache=True)
+def _axpy_range(a: Any, weights: Any, picked: Any, start: Any, stop: Any, total: Any) -> None:
+    tokens, columns = total.shape
+    chunk = np.zeros((tokens, columns), np.float32)
+    for position in range(start, stop):
+        row = weights[picked[position]]
+        for token in range(tokens):
+            _add_scaled(chunk[token], a[token, position], row, 0)
+        if (position - start + 1) % CHUNK_ROWS == 0:
+            _flush(chunk, total)
+    _flush(chunk, total)
+
+
+@njit(nogil=True, cache=True)
+def _axpy_serial(a: Any, weights: Any, picked: Any, out: Any) -> None:
+    _axpy_range(a, weights, picked, 0, picked.shape[0], out)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _axpy_parallel(a: Any, weights: Any, picked: Any, out: Any, lanes: Any) -> None:
+    count = picked.shape[0]
+    totals = np.zeros((lanes, out.shape[0], out.shape[1]), np.float32)
+    for lane in prange(lanes):
+        start, stop = lane * count // lanes, (lane + 1) * count // lanes
+        _axpy_range(a, weights, picked, start, stop, totals[lane])
+    for lane in range(lanes):
+        _flush(totals[lane], out)

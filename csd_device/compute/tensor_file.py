@@ -1,0 +1,128 @@
+"""Reading a safetensors file that a host sent: every claim in it is checked before it is used.
+
+The tensors are views of the file's own buffer, so a loaded program costs its file's size and no more.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from csd_device.errors import CommandError
+from csd_protocol.status import Status
+
+U8 = npt.NDArray[np.uint8]
+
+HEADER_BYTES_MAX = 16 << 20
+_LENGTH_BYTES = 8
+_DTYPES: dict[str, npt.DTypeLike] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "U8": np.uint8,
+}
+
+
+def invalid(detail: str) -> CommandError:
+    """The error for program data that is not what it should be."""
+    return CommandError(Status.INVALID_PROGRAM_DATA, detail)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # relative to the data section
+    end: int
+
+
+class TensorFile:
+    """A checked safetensors file over `data` uint8 [file bytes], which it keeps."""
+
+    def __init__(self, data: U8) -> None:
+        """Raises CommandError (Invalid Program Data) naming what is wrong."""
+        header, start = _read_header(data)
+        self._payload = data[start:]
+        self.size_bytes = data.size
+        self.metadata = _read_metadata(header.pop("__metadata__", {}))
+        self._entries = {name: self._read_entry(name, value) for name, value in header.items()}
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def tensor(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """The tensor, which must have this dtype and shape.
+
+        Raises CommandError (Invalid Program Data) when it is missing or another.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise invalid(f"tensor {name} is missing")
+        if np.dtype(_DTYPES[entry.dtype]) != np.dtype(dtype) or entry.shape != shape:
+            raise invalid(
+                f"tensor {name} is {entry.dtype} {list(entry.shape)}; "
+                f"wanted {np.dtype(dtype).name} {list(shape)}"
+            )
+        view = self._payload[entry.begin : entry.end]
+        aligned = view if view.ctypes.data % np.dtype(dtype).itemsize == 0 else view.copy()
+        return aligned.view(dtype).reshape(shape)
+
+    def finite(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """As `tensor`, and no value may be NaN or infinite."""
+        values = self.tensor(name, dtype, shape)
+        if not np.isfinite(values).all():
+            raise invalid(f"tensor {name} has values that are not finite")
+        return values
+
+    def length(self, name: str) -> int:
+        """Elements of a one-dimensional tensor. Raises CommandError when it is missing or not."""
+        entry = self._entries.get(name)
+        if entry is None or len(entry.shape) != 1 or entry.shape[0] == 0:
+            raise invalid(f"tensor {name} is missing or not a vector")
+        return entry.shape[0]
+
+    def _read_entry(self, name: str, value: Any) -> _Entry:
+        if not isinstance(value, dict):
+            raise invalid(f"tensor {name}: its header entry is not an object")
+        dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise invalid(f"tensor {name}: dtype {dtype!r} is not one of {sorted(_DTYPES)}")
+        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+            raise invalid(f"tensor {name}: shape or offsets are not sizes")
+        begin, end = offsets
+        wanted = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
+        if not 0 <= begin <= end <= self._payload.size or end - begin != wanted:
+            raise invalid(
+                f"tensor {name} lies at bytes {begin} to {end} of {self._payload.size}; "
+                f"its shape takes {wanted}"
+            )
+        return _Entry(dtype, tuple(shape), begin, end)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _read_header(data: U8) -> tuple[dict[str, Any], int]:
+    """The header as an object, and where the tensors' bytes start."""
+    if data.size < _LENGTH_BYTES:
+        raise invalid(f"a program file of {data.size} bytes has no header")
+    length = int.from_bytes(data[:_LENGTH_BYTES].tobytes(), "little")
+    if length > min(HEADER_BYTES_MAX, data.size - _LENGTH_BYTES):
+        raise invalid(f"header of {length} bytes in a program file of {data.size}")
+    start = _LENGTH_BYTES + length
+    try:
+        header = json.loads(data[_LENGTH_BYTES:start].tobytes())
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise invalid("header is not a JSON object")
+    return header, start
+
+
+def _read_metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise invalid("metadata is not an object of texts")
+    return value

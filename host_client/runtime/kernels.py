@@ -30,10 +30,10 @@ F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
 I64 = npt.NDArray[np.int64]
 
-NARROW_ROWS = 4  # activation rows up to which the compiled loops beat widening tiles
+NARROW_ROWS = 8  # activation rows up to which the compiled loops beat widening tiles
 CHUNK_ROWS = 128  # weight rows summed into one float32 accumulator, which bounds its rounding
 LANES_MAX = 16
-LANE_BYTES = 1 << 20  # weights that are worth a thread of their own
+LANE_BYTES = 4 << 20  # below this a second thread costs the drive and the reader more than it gives
 TILE_BYTES = 2 << 20  # float32 scratch of the wide path
 
 _FAST = {"reassoc", "contract", "nsz", "arcp"}  # vectorise sums, but keep NaN and infinity
@@ -218,10 +218,18 @@ def _widen_range(weights: Any, picked: Any, start: Any, stop: Any, out: Any) -> 
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _add_scaled(total: Any, scale: Any, row: Any, first: Any) -> None:
-    """total += scale * row[first : first + total.size]."""
+def _add_scaled(total: Any, scale: Any, row: Any) -> None:
+    """total += scale * row. Callers cut `row` to size: an index offset would not vectorise."""
     for column in range(total.shape[0]):
-        total[column] += scale * _widen(row[first + column])
+        total[column] += scale * _widen(row[column])
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _dot(x: Any, row: Any) -> Any:
+    total = np.float32(0)
+    for column in range(x.shape[0]):
+        total += _widen(row[column]) * x[column]
+    return total
 
 
 @njit(nogil=True, cache=True)
@@ -231,17 +239,6 @@ def _flush(chunk: Any, total: Any) -> None:
         for column in range(chunk.shape[1]):
             total[token, column] += chunk[token, column]
             chunk[token, column] = np.float32(0)
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def _activation(x: Any, row: Any, hidden: Any) -> Any:
-    """silu(x . gate) * (x . up) of one neuron and one token."""
-    gate = np.float32(0)
-    up = np.float32(0)
-    for column in range(hidden):
-        gate += _widen(row[column]) * x[column]
-        up += _widen(row[hidden + column]) * x[column]
-    return gate / (np.float32(1) + np.exp(-gate)) * up
 
 
 @njit(nogil=True, cache=True)
@@ -254,9 +251,11 @@ def _neurons_range(
         row = units[picked[position]]
         peak = np.float32(0)
         for token in range(tokens):
-            act = _activation(x[token], row, hidden)
+            gate = _dot(x[token], row[:hidden])
+            up = _dot(x[token], row[hidden : 2 * hidden])
+            act = gate / (np.float32(1) + np.exp(-gate)) * up  # silu(gate) * up
             peak = max(peak, abs(act))
-            _add_scaled(chunk[token], act, row, 2 * hidden)
+            _add_scaled(chunk[token], act, row[2 * hidden :])
         activity[position] = peak
         if (position - start + 1) % CHUNK_ROWS == 0:
             _flush(chunk, total)
@@ -279,14 +278,6 @@ def _neurons_parallel(
         _neurons_range(x, units, picked, start, stop, totals[lane], activity)
     for lane in range(lanes):
         _flush(totals[lane], out)
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def _dot(x: Any, row: Any) -> Any:
-    total = np.float32(0)
-    for column in range(row.shape[0]):
-        total += _widen(row[column]) * x[column]
-    return total
 
 
 @njit(nogil=True, cache=True)
@@ -312,7 +303,7 @@ def _axpy_range(a: Any, weights: Any, picked: Any, start: Any, stop: Any, total:
     for position in range(start, stop):
         row = weights[picked[position]]
         for token in range(tokens):
-            _add_scaled(chunk[token], a[token, position], row, 0)
+            _add_scaled(chunk[token], a[token, position], row)
         if (position - start + 1) % CHUNK_ROWS == 0:
             _flush(chunk, total)
     _flush(chunk, total)

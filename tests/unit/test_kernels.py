@@ -1,5 +1,6 @@
 """The kernels against torch in float64, on both 16-bit formats and both paths."""
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ def make_floats(*shape: int, seed: int = 11) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e-6) -> None:
+def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 2e-6) -> None:
     """To `tolerance` of the largest value: cancellation makes small ones relatively worse."""
     error = np.abs(actual.astype(np.float64) - expected).max() / np.abs(expected).max()
     assert error < tolerance, error
@@ -33,7 +34,7 @@ def true_activations(x: np.ndarray, units: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 33])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 33])
 @pytest.mark.parametrize("hidden,count", [(64, 40), (576, 1536)])
 def test_neurons_add_what_the_dense_ffn_gives(
     bf16: bool, tokens: int, hidden: int, count: int
@@ -48,7 +49,7 @@ def test_neurons_add_what_the_dense_ffn_gives(
     assert_close(activity, np.abs(acts).max(axis=0))
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 12])
 def test_neurons_of_some_rows_are_those_rows_alone(tokens: int) -> None:
     bits, units = make_weights(300, 3 * 96, False)
     rows = np.random.default_rng(1).choice(300, 101, replace=False)
@@ -103,9 +104,7 @@ def test_widen_rows_gathers_in_the_order_asked() -> None:
     np.testing.assert_array_equal(out, values[rows].astype(np.float32))
 
 
-def test_lanes_and_one_thread_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    import numba
-
+def test_any_number_of_threads_gives_the_same_bits() -> None:
     bits, _ = make_weights(4000, 3 * 576, False)
     x = make_floats(2, 576)
     results = []
@@ -120,7 +119,7 @@ def test_lanes_and_one_thread_give_the_same_bits(monkeypatch: pytest.MonkeyPatch
 def test_no_rows_add_nothing() -> None:
     bits, _ = make_weights(10, 3 * 64, False)
     none = np.empty(0, np.int64)
-    for tokens in (1, 8):
+    for tokens in (1, 12):
         out = np.ones((tokens, 64), np.float32)
         kernels.neurons(make_floats(tokens, 64), bits, none, out, False)
         assert (out == 1).all()
@@ -160,6 +159,6 @@ def test_shapes_types_and_layouts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="out must be"):
         kernels.neurons(x, bits, None, make_floats(2, 64), False)
     with pytest.raises(ValueError, match="x must be"):
-        kernels.neurons(make_floats(64, 1).T[:, ::1], bits[:, :3], None, out, False)
+        kernels.neurons(make_floats(1, 128)[:, ::2], bits, None, out, False)
     with pytest.raises(ValueError, match="C-contiguous"):
         kernels.rows_dot(x, bits[:, :64], None, make_floats(1, 10), False)

@@ -1,0 +1,29 @@
+"""The driver: links to a drive, queue pairs over them, and `Drive`, which the host uses."""
+
+from host_client.driver.commands import Residency, Staged, StagedSite, StageTarget, Timing
+from host_client.driver.drive import Drive
+from host_client.driver.errors import (
+    CommandFailed,
+    DriveError,
+    DriveLost,
+    DriveTimeout,
+    DriveUnavailable,
+    QueueFull,
+)
+from host_client.driver.queue_pair import PendingCommand
+
+__all__ = [
+    "CommandFailed",
+    "Drive",
+    "DriveError",
+    "DriveLost",
+    "DriveTimeout",
+    "DriveUnavailable",
+    "PendingCommand",
+    "QueueFull",
+    "Residency",
+    "StageTarget",
+    "Staged",
+    "StagedSite",
+    "Timing",
+]

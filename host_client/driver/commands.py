@@ -1,0 +1,83 @@
+"""What a host asks of staging and what it gets back: plain data, no transport."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+U32 = npt.NDArray[np.uint32]
+F32 = npt.NDArray[np.float32]
+Bits = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class StageTarget:
+    """What to stage of one site: exactly one of `keep`, `units` and `all`.
+
+    `keep` is the fraction of units a program chooses (predict_and_stage only); `units` are named,
+    ascending. `ignore_residency` stages named units even where the host said that it holds them.
+    """
+
+    site: int
+    keep: float | None = None
+    units: U32 | None = None
+    all: bool = False
+    ignore_residency: bool = False
+
+    def __post_init__(self) -> None:
+        chosen = (self.keep is not None) + (self.units is not None) + self.all
+        if chosen != 1:
+            raise ValueError(f"site {self.site}: name one of keep, units and all, not {chosen}")
+        if self.keep is not None and not 0.0 <= self.keep <= 1.0:
+            raise ValueError(f"site {self.site}: keep is a fraction, not {self.keep}")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where a command's modelled time went, in ns of the drive's clock; all 0 with time off."""
+
+    submitted_ns: int = 0
+    done_ns: int = 0
+    queue_ns: int = 0
+    program_ns: int = 0
+    nand_ns: int = 0
+    dram_ns: int = 0
+    link_ns: int = 0
+    late_ns: int = 0  # wall time only: how much later than done_ns it was posted
+
+
+@dataclass(frozen=True, slots=True)
+class StagedSite:
+    """What of one site now lies in the window, packed without gaps, ascending.
+
+    `predicted` is what the program chose (None when none ran for this target); `units` is what was
+    staged, None when that is every unit of the site that the host does not hold.
+    """
+
+    site: int
+    predicted: U32 | None
+    units: U32 | None
+    unit_count: int
+    window_offset: int
+    length_bytes: int
+    lease: int  # 0: nothing was staged
+    ready_ns: int
+    units_from_dram: int
+    nand_page_reads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """The answer to one staging command, sites in the order of its targets."""
+
+    sites: tuple[StagedSite, ...]
+    timing: Timing = field(default_factory=Timing)
+
+    @property
+    def leases(self) -> tuple[int, ...]:
+        """What to release once the window was read."""
+        return tuple(site.lease for site in self.sites if site.lease)
+
+
+Residency = Bits | bool
+"""What the host holds of a site: one bool a unit, or True for all and False for none."""

@@ -1,0 +1,323 @@
+"""`Drive`: a computational storage drive as the rest of the host sees it."""
+
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from csd_protocol.address import parse_address
+from csd_protocol.opcodes import Cns
+from host_client.driver import entries
+from host_client.driver.commands import F32, U32, Residency, Staged, StageTarget
+from host_client.driver.embedded import Daemon
+from host_client.driver.entries import Command
+from host_client.driver.errors import DriveError, DriveLost, DriveUnavailable, QueueFull
+from host_client.driver.link import GrpcLink, Link
+from host_client.driver.queue_pair import PendingCommand, QueuePair
+
+_LOG = logging.getLogger(__name__)
+
+_PROGRAM_CHUNK_BYTES = 1 << 20
+_ALIVE_TIMEOUT_S = 1.0
+
+TimeMode = Literal["wall", "virtual", "off"]
+PendingStage = PendingCommand[Staged]
+
+
+class Drive:
+    """A connected drive; a context manager. Thread-safe.
+
+    Methods raise CommandFailed (the drive said no), DriveLost (it is gone; see `reconnect`),
+    DriveTimeout and QueueFull. Those that return a PendingCommand raise them from `result()`.
+    """
+
+    def __init__(self, link: Link, *, queue_depth: int = 0, timeout_s: float = 60.0) -> None:
+        """Opens a queue pair over `link`, which the drive then owns.
+
+        `queue_depth` 0 takes the controller's maximum; `timeout_s` is how long a command may take.
+        """
+        self.host_id = uuid.uuid4().hex
+        self.release_errors = 0
+        self._link = link
+        self._queue_depth = queue_depth
+        self._timeout_s = timeout_s
+        self._daemon: Daemon | None = None
+        self._residency: dict[int, dict[int, Residency]] = {}
+        self._open()
+
+    @classmethod
+    def connect(cls, address: str, *, queue_depth: int = 0, timeout_s: float = 60.0) -> Self:
+        """`address`: `unix:PATH`, `tcp:HOST:PORT` or `HOST:PORT`.
+
+        Raises ValueError for another form and DriveUnavailable when nothing answers there.
+        """
+        link = GrpcLink(parse_address(address))
+        try:
+            return cls(link, queue_depth=queue_depth, timeout_s=timeout_s)
+        except DriveLost as error:
+            link.close()
+            raise DriveUnavailable(f"no drive answers at {address}: {error.reason}") from None
+        except DriveError:
+            link.close()
+            raise
+
+    @classmethod
+    def embedded(
+        cls,
+        media: Path | None = None,
+        *,
+        drive: str = "edge-gen5",
+        time: TimeMode = "off",
+        start_timeout_s: float = 60.0,
+        timeout_s: float = 60.0,
+    ) -> Self:
+        """A drive with a daemon of its own, which ends with `close` or with this process.
+
+        `media` None is `embedded_media_path(drive)`. Raises DriveUnavailable when the daemon does
+        not come up within `start_timeout_s`, with what it said.
+        """
+        daemon = Daemon.start(media or embedded_media_path(drive), drive, time, start_timeout_s)
+        try:
+            connected = cls.connect(daemon.address, timeout_s=timeout_s)
+        except DriveError:
+            daemon.stop()
+            raise
+        connected._daemon = daemon
+        return connected
+
+    # ---- what it is --------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        return self._link.address
+
+    @property
+    def daemon_pid(self) -> int | None:
+        """Process of an embedded drive's daemon."""
+        return self._daemon.pid if self._daemon else None
+
+    @property
+    def window_path(self) -> str:
+        """The window's shared file, as the daemon sees it."""
+        return self._queue.connected.window_path
+
+    @property
+    def window_bytes(self) -> int:
+        return self._queue.connected.window_bytes
+
+    @property
+    def queue_depth(self) -> int:
+        """Commands that can be in flight at once."""
+        return self._queue.depth
+
+    def identify(self, cns: Cns) -> dict[str, Any]:
+        return self._call(entries.identify(cns))
+
+    def log_page(self, log_id: int) -> dict[str, Any]:
+        return self._call(entries.get_log_page(log_id))
+
+    def alive(self) -> bool:
+        """Whether the drive answers within a second."""
+        try:
+            pending = self._queue.submit(entries.keep_alive(), entries.nothing, _ALIVE_TIMEOUT_S)
+            pending.result(_ALIVE_TIMEOUT_S)
+        except DriveError:
+            return False
+        return True
+
+    # ---- blocks ------------------------------------------------------------------------------
+
+    def read(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """Any range of the namespace; whole blocks move. Never-written blocks read as zeroes."""
+        first = offset_bytes // self.block_bytes
+        stop = -(-(offset_bytes + length_bytes) // self.block_bytes)
+        pending = [
+            self._queue.submit(entries.read(start, min(step, stop - start)), entries.data_of)
+            for step in [self.transfer_bytes_max // self.block_bytes]
+            for start in range(first, stop, step)
+        ]
+        data = b"".join([command.result() for command in pending])
+        skip = offset_bytes - first * self.block_bytes
+        return data[skip : skip + length_bytes]
+
+    def write(
+        self, offset_bytes: int, data: bytes | bytearray | memoryview, fua: bool = False
+    ) -> None:
+        """Whole blocks. Each block is old or new after a crash; durable after `flush` or `fua`.
+
+        Raises ValueError when offset or length is not a multiple of `block_bytes`.
+        """
+        view = memoryview(data).cast("B")
+        self._check_aligned(offset_bytes, len(view))
+        step = self.transfer_bytes_max
+        pending = [
+            self._write_blocks(offset_bytes + start, bytes(view[start : start + step]), fua)
+            for start in range(0, len(view), step)
+        ]
+        for command in pending:
+            command.result()
+
+    def flush(self) -> None:
+        """What was written before is durable when this returns."""
+        self._queue.submit(entries.flush(), entries.nothing).result()
+
+    def deallocate(self, offset_bytes: int, length_bytes: int) -> None:
+        """The drive may forget these whole blocks; they read as zeroes."""
+        self._check_aligned(offset_bytes, length_bytes)
+        slba, blocks = offset_bytes // self.block_bytes, length_bytes // self.block_bytes
+        self._queue.submit(entries.deallocate(slba, blocks), entries.nothing).result()
+
+    # ---- programs ----------------------------------------------------------------------------
+
+    def load_program(self, program: int, data: bytes, activate: bool = True) -> None:
+        """Loads a program file (csd_protocol.program_file) under an identifier, 0 to 255."""
+        pending = [
+            self._queue.submit(
+                entries.load_program(
+                    program, len(data), start, data[start : start + _PROGRAM_CHUNK_BYTES]
+                ),
+                entries.nothing,
+            )
+            for start in range(0, len(data), _PROGRAM_CHUNK_BYTES)
+        ]
+        for command in pending:
+            command.result()
+        if activate:
+            self.activate_program(program)
+
+    def activate_program(self, program: int, active: bool = True) -> None:
+        self._queue.submit(entries.activate_program(program, active), entries.nothing).result()
+
+    def unload_program(self, program: int) -> None:
+        self._queue.submit(entries.unload_program(program), entries.nothing).result()
+
+    def programs(self) -> list[dict[str, Any]]:
+        """What is loaded: program, kind, model, bytes, active, layers of each."""
+        listed: list[dict[str, Any]] = self.identify(Cns.PROGRAMS)["programs"]
+        return listed
+
+    def execute_program(
+        self, program: int, model: int, layer: int, hidden: F32, keep: float
+    ) -> PendingCommand[U32]:
+        """The units the program names for `hidden` float32 [rows, hidden], ascending uint32."""
+        command = entries.execute_program(program, model, layer, hidden, keep)
+        return self._queue.submit(command, entries.units_of)
+
+    # ---- staging -----------------------------------------------------------------------------
+
+    def set_residency(self, model: int, sites: Mapping[int, Residency]) -> None:
+        """Says what this host holds of each site named (bool [units], True for all, False: none).
+
+        Other sites keep what was said before. Said again by `reconnect`.
+        """
+        self._queue.submit(entries.host_residency(model, sites), entries.nothing).result()
+        copies = {
+            site: held.copy() if isinstance(held, np.ndarray) else held
+            for site, held in sites.items()
+        }
+        self._residency.setdefault(model, {}).update(copies)
+
+    def predict_and_stage(
+        self, model: int, program: int, token: int, hidden: F32, targets: Iterable[StageTarget]
+    ) -> PendingStage:
+        """A program chooses units by `hidden` float32 [rows, hidden]; the drive stages them."""
+        command = entries.predict_and_stage(model, program, token, hidden, targets)
+        return self._queue.submit(command, entries.staged_of)
+
+    def stage(self, model: int, targets: Iterable[StageTarget]) -> PendingStage:
+        """Stages named units, or all of a site, without a program."""
+        return self._queue.submit(entries.stage(model, targets), entries.staged_of)
+
+    def release(self, leases: Iterable[int]) -> None:
+        """Gives leases back without waiting; failures are counted in `release_errors` and logged.
+
+        Raises DriveLost when the drive is known to be gone.
+        """
+        wanted = [lease for lease in leases if lease]
+        if not wanted:
+            return
+        pending = self._queue.submit(entries.release(wanted), entries.nothing)
+        pending.add_done_callback(self._note_release)
+
+    # ---- life --------------------------------------------------------------------------------
+
+    def reconnect(self) -> None:
+        """A new queue pair to the same address, and the residency said again.
+
+        The host is the same one to the drive. Leases from before are gone: their queue pair ended.
+        Raises DriveUnavailable when nothing answers.
+        """
+        self._queue.close()
+        try:
+            self._open()
+        except DriveLost as error:
+            raise DriveUnavailable(f"no drive answers at {self.address}: {error.reason}") from None
+        for model, sites in self._residency.items():
+            self._queue.submit(entries.host_residency(model, sites), entries.nothing).result()
+
+    def close(self) -> None:
+        """Ends the queue pair, and the daemon of an embedded drive. Again: does nothing."""
+        self._queue.close()
+        self._link.close()
+        if self._daemon is not None:
+            self._daemon.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        host_name = f"{socket.gethostname()}/{os.getpid()}"
+        self._queue = QueuePair(
+            self._link, host_name, self.host_id, self._queue_depth, self._timeout_s
+        )
+        try:
+            namespace = self.identify(Cns.NAMESPACE)
+            controller = self.identify(Cns.CONTROLLER)
+        except DriveError:
+            self._queue.close()
+            raise
+        self.block_bytes: int = namespace["block_bytes"]
+        self.capacity_bytes: int = namespace["capacity_bytes"]
+        self.transfer_bytes_max: int = controller["mdts_bytes"]
+
+    def _call(self, command: Command) -> dict[str, Any]:
+        answer: dict[str, Any] = self._queue.submit(command, entries.json_of).result()
+        return answer
+
+    def _write_blocks(self, offset_bytes: int, data: bytes, fua: bool) -> PendingCommand[None]:
+        command = entries.write(offset_bytes // self.block_bytes, data, fua)
+        return self._queue.submit(command, entries.nothing)
+
+    def _check_aligned(self, offset_bytes: int, length_bytes: int) -> None:
+        if offset_bytes % self.block_bytes or length_bytes % self.block_bytes:
+            raise ValueError(
+                f"{length_bytes} bytes at {offset_bytes}: the drive works in whole blocks of "
+                f"{self.block_bytes} bytes"
+            )
+
+    def _note_release(self, pending: PendingCommand[None]) -> None:
+        try:
+            pending.result()
+        except (DriveError, QueueFull) as error:
+            self.release_errors += 1
+            _LOG.warning("%s", error)
+
+
+def embedded_media_path(drive: str) -> Path:
+    """Where an embedded drive of this kind keeps its media: the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "csd" / f"{drive}.csd"

@@ -1,0 +1,245 @@
+"""Driver calls to submission entries, and completion entries to what callers get."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from csd_protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
+from csd_protocol.csd.v1 import csd_pb2 as pb
+from csd_protocol.opcodes import AdminOpcode, ComputeOpcode, NvmOpcode
+from host_client.driver.commands import F32, U32, Residency, Staged, StagedSite, StageTarget, Timing
+from host_client.driver.errors import CommandFailed
+
+NAMESPACE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A submission entry without its CID, and what people call it."""
+
+    what: str
+    entry: pb.SubmissionEntry
+
+
+def _admin(what: str, opcode: AdminOpcode, **body: Any) -> Command:
+    return Command(what, pb.SubmissionEntry(set=pb.COMMAND_SET_ADMIN, opcode=opcode, **body))
+
+
+def _nvm(what: str, opcode: NvmOpcode, **body: Any) -> Command:
+    entry = pb.SubmissionEntry(set=pb.COMMAND_SET_NVM, opcode=opcode, nsid=NAMESPACE, **body)
+    return Command(what, entry)
+
+
+def _compute(what: str, opcode: ComputeOpcode, **body: Any) -> Command:
+    entry = pb.SubmissionEntry(set=pb.COMMAND_SET_COMPUTE, opcode=opcode, nsid=NAMESPACE, **body)
+    return Command(what, entry)
+
+
+# ---- admin -----------------------------------------------------------------------------------
+
+
+def connect(host_name: str, host_id: str, queue_depth: int) -> Command:
+    body = pb.Connect(
+        protocol_major=PROTOCOL_MAJOR,
+        protocol_minor=PROTOCOL_MINOR,
+        queue_depth=queue_depth,
+        host_name=host_name,
+        host_id=host_id,
+    )
+    return _admin("Connect", AdminOpcode.CONNECT, connect=body)
+
+
+def identify(cns: int) -> Command:
+    # protobuf's enums are open: a CNS that this version does not name travels as its number.
+    body = pb.Identify(cns=cns)  # type: ignore[arg-type]
+    return _admin(f"Identify {cns:02X}h", AdminOpcode.IDENTIFY, identify=body)
+
+
+def get_log_page(log_id: int) -> Command:
+    body = pb.GetLogPage(log_id=log_id)
+    return _admin(f"Get Log Page {log_id:02X}h", AdminOpcode.GET_LOG_PAGE, get_log_page=body)
+
+
+def abort(cid: int) -> Command:
+    return _admin(f"Abort of CID {cid}", AdminOpcode.ABORT, abort=pb.Abort(cid=cid))
+
+
+def keep_alive() -> Command:
+    return _admin("Keep Alive", AdminOpcode.KEEP_ALIVE, keep_alive=pb.KeepAlive())
+
+
+def load_program(program: int, total_bytes: int, offset_bytes: int, chunk: bytes) -> Command:
+    body = pb.LoadProgram(
+        program=program, total_bytes=total_bytes, offset_bytes=offset_bytes, chunk=chunk
+    )
+    return _admin(f"Load Program {program}", AdminOpcode.LOAD_PROGRAM, load_program=body)
+
+
+def unload_program(program: int) -> Command:
+    body = pb.LoadProgram(program=program, unload=True)
+    return _admin(f"unload of program {program}", AdminOpcode.LOAD_PROGRAM, load_program=body)
+
+
+def activate_program(program: int, active: bool) -> Command:
+    what = f"Program Activation {program}"
+    body = pb.ProgramActivation(program=program, active=active)
+    return _admin(what, AdminOpcode.PROGRAM_ACTIVATION, program_activation=body)
+
+
+# ---- NVM -------------------------------------------------------------------------------------
+
+
+def flush() -> Command:
+    return _nvm("Flush", NvmOpcode.FLUSH, flush=pb.Flush())
+
+
+def write(slba: int, data: bytes, fua: bool) -> Command:
+    body = pb.Write(slba=slba, data=data, fua=fua)
+    return _nvm(f"Write of {len(data)} bytes at block {slba}", NvmOpcode.WRITE, write=body)
+
+
+def read(slba: int, blocks: int) -> Command:
+    body = pb.BlockRange(slba=slba, blocks=blocks)
+    return _nvm(f"Read of {blocks} blocks at block {slba}", NvmOpcode.READ, blocks=body)
+
+
+def deallocate(slba: int, blocks: int) -> Command:
+    body = pb.DatasetManagement(ranges=[pb.BlockRange(slba=slba, blocks=blocks)])
+    what = f"deallocation of {blocks} blocks at block {slba}"
+    return _nvm(what, NvmOpcode.DATASET_MANAGEMENT, dataset_management=body)
+
+
+# ---- compute and staging ---------------------------------------------------------------------
+
+
+def execute_program(program: int, model: int, layer: int, hidden: F32, keep: float) -> Command:
+    body = pb.ExecuteProgram(
+        program=program, model=model, layer=layer, hidden=_float_bytes(hidden), keep=keep
+    )
+    what = f"Execute Program {program} for layer {layer}"
+    return _compute(what, ComputeOpcode.EXECUTE_PROGRAM, execute_program=body)
+
+
+def predict_and_stage(
+    model: int, program: int, token: int, hidden: F32, targets: Iterable[StageTarget]
+) -> Command:
+    body = pb.PredictAndStage(
+        model=model,
+        program=program,
+        token=token,
+        hidden=_float_bytes(hidden),
+        targets=[_target(target) for target in targets],
+    )
+    what = f"PREDICT_AND_STAGE of model {model}"
+    return _compute(what, ComputeOpcode.PREDICT_AND_STAGE, predict_and_stage=body)
+
+
+def stage(model: int, targets: Iterable[StageTarget]) -> Command:
+    body = pb.Stage(model=model, targets=[_target(target) for target in targets])
+    return _compute(f"STAGE of model {model}", ComputeOpcode.STAGE, stage=body)
+
+
+def release(leases: Iterable[int]) -> Command:
+    return _compute("RELEASE", ComputeOpcode.RELEASE, release=pb.Release(leases=leases))
+
+
+def host_residency(model: int, sites: Mapping[int, Residency]) -> Command:
+    body = pb.HostResidency(model=model, held=[_held(*item) for item in sites.items()])
+    return _compute("HOST_RESIDENCY", ComputeOpcode.HOST_RESIDENCY, host_residency=body)
+
+
+def _float_bytes(values: F32) -> bytes:
+    return np.ascontiguousarray(values, np.dtype("<f4")).tobytes()
+
+
+def _target(target: StageTarget) -> pb.StageTarget:
+    entry = pb.StageTarget(site=target.site, ignore_residency=target.ignore_residency)
+    if target.units is not None:
+        entry.units = np.ascontiguousarray(target.units, np.dtype("<u4")).tobytes()
+    elif target.keep is not None:
+        entry.keep = target.keep
+    else:
+        entry.all = True
+    return entry
+
+
+def _held(site: int, held: Residency) -> pb.HostResidency.Held:
+    if isinstance(held, np.ndarray):
+        bitmap = np.packbits(held, bitorder="little").tobytes()
+        return pb.HostResidency.Held(site=site, bitmap=bitmap)
+    if held:
+        return pb.HostResidency.Held(site=site, all=True)
+    return pb.HostResidency.Held(site=site, none=True)
+
+
+# ---- completions -----------------------------------------------------------------------------
+
+
+def failure(what: str, completion: pb.CompletionEntry) -> CommandFailed | None:
+    """None when the command succeeded."""
+    status = completion.status
+    if status.sct == 0 and status.sc == 0:
+        return None
+    return CommandFailed(what, status.sct, status.sc, status.detail, not status.dnr)
+
+
+def nothing(_: pb.CompletionEntry) -> None:
+    """For commands that answer with their status alone."""
+
+
+def data_of(completion: pb.CompletionEntry) -> bytes:
+    return completion.data
+
+
+def json_of(completion: pb.CompletionEntry) -> Any:
+    return json.loads(completion.data)
+
+
+def units_of(completion: pb.CompletionEntry) -> U32:
+    return _units(completion.execute.units)
+
+
+def staged_of(completion: pb.CompletionEntry) -> Staged:
+    sites = tuple(_staged_site(site) for site in completion.stage.sites)
+    return Staged(sites, _timing(completion.timing))
+
+
+def leases_of(completion: pb.CompletionEntry) -> list[int]:
+    """What would have to be released if nobody wants the answer any more."""
+    return [site.lease for site in completion.stage.sites if site.lease]
+
+
+def _staged_site(site: pb.StagedSite) -> StagedSite:
+    return StagedSite(
+        site=site.site,
+        predicted=_units(site.predicted) if site.predicted else None,
+        units=None if site.all_missing else _units(site.units),
+        unit_count=site.unit_count,
+        window_offset=site.window_offset,
+        length_bytes=site.length_bytes,
+        lease=site.lease,
+        ready_ns=site.ready_ns,
+        units_from_dram=site.units_from_dram,
+        nand_page_reads=site.nand_page_reads,
+    )
+
+
+def _units(data: bytes) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(data, np.dtype("<u4"))
+
+
+def _timing(timing: pb.Timing) -> Timing:
+    return Timing(
+        submitted_ns=timing.submitted_ns,
+        done_ns=timing.done_ns,
+        queue_ns=timing.queue_ns,
+        program_ns=timing.program_ns,
+        nand_ns=timing.nand_ns,
+        dram_ns=timing.dram_ns,
+        link_ns=timing.link_ns,
+        late_ns=timing.late_ns,
+    )

@@ -46,24 +46,25 @@ def neurons(
     """Add the output of SwiGLU neurons to `out`: sum over rows of silu(x.gate) * (x.up) * down.
 
     x [tokens, hidden]; units [count, 3 * hidden], each gate row, up row, down column;
-    rows [k] into units; out [tokens, hidden] += ; activity [k], when given, receives
-    max over tokens of |silu(x.gate) * (x.up)|.
+    rows [k] into units; out [tokens, hidden] += ; activity [tokens, k], when given, receives
+    |silu(x.gate) * (x.up)|.
     """
     tokens, hidden = x.shape
     weights, picked = _checked(units, rows, 3 * hidden, bf16)
     _check_floats("x", x, (tokens, hidden))
     _check_floats("out", out, (tokens, hidden))
-    peaks = np.zeros(picked.shape[0], np.float32) if activity is None else activity
-    _check_floats("activity", peaks, picked.shape)
+    if activity is not None:
+        _check_floats("activity", activity, (tokens, picked.shape[0]))
     if tokens > NARROW_ROWS:
-        _wide_neurons(x, weights, picked, out, peaks)
+        _wide_neurons(x, weights, picked, out, activity)
         return
+    acts = np.empty((tokens, picked.shape[0]), np.float32) if activity is None else activity
     lanes = _lanes(picked, units)
     if lanes == 1:
-        _neurons_serial(x, weights, picked, out, peaks)
+        _neurons_serial(x, weights, picked, out, acts)
         return
     with _parallel_region:
-        _neurons_parallel(x, weights, picked, out, peaks, lanes)
+        _neurons_parallel(x, weights, picked, out, acts, lanes)
 
 
 def rows_dot(x: F32, weights: U16, rows: I64 | None, out: F32, bf16: bool) -> None:
@@ -154,15 +155,16 @@ def _tiles(count: int, columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(count, start + step)
 
 
-def _wide_neurons(x: F32, weights: Any, picked: I64, out: F32, activity: F32) -> None:
+def _wide_neurons(x: F32, weights: Any, picked: I64, out: F32, activity: F32 | None) -> None:
     hidden = x.shape[1]
     x_tensor, out_tensor = torch.from_numpy(x), torch.from_numpy(out)
-    peaks = torch.from_numpy(activity)
     for start, stop, tile in _widened(weights, picked):
         gate, up, down = tile[:, :hidden], tile[:, hidden : 2 * hidden], tile[:, 2 * hidden :]
         acts = torch.nn.functional.silu(x_tensor @ gate.T).mul_(x_tensor @ up.T)
         out_tensor.addmm_(acts, down)
-        peaks[start:stop] = acts.abs_().amax(dim=0)
+        if activity is not None:
+            torch.abs(acts, out=acts)
+            activity[:, start:stop] = acts.numpy()
 
 
 def _wide_dot(x: F32, weights: Any, picked: I64, out: F32) -> None:
@@ -249,14 +251,12 @@ def _neurons_range(
     chunk = np.zeros((tokens, hidden), np.float32)
     for position in range(start, stop):
         row = units[picked[position]]
-        peak = np.float32(0)
         for token in range(tokens):
             gate = _dot(x[token], row[:hidden])
             up = _dot(x[token], row[hidden : 2 * hidden])
             act = gate / (np.float32(1) + np.exp(-gate)) * up  # silu(gate) * up
-            peak = max(peak, abs(act))
+            activity[token, position] = abs(act)
             _add_scaled(chunk[token], act, row[2 * hidden :])
-        activity[position] = peak
         if (position - start + 1) % CHUNK_ROWS == 0:
             _flush(chunk, total)
     _flush(chunk, total)

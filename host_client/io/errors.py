@@ -1,0 +1,53 @@
+"""What can go wrong with a read, named by file and place."""
+
+import os
+from pathlib import Path
+
+
+class ReadFailed(Exception):
+    """A read that the kernel refused."""
+
+    def __init__(self, path: Path, offset: int, length: int, errno: int) -> None:
+        self.path, self.offset, self.length, self.errno = path, offset, length, errno
+        super().__init__(
+            f"{path}: reading {length} bytes at offset {offset} failed: {os.strerror(errno)}"
+        )
+
+
+class EndOfFile(Exception):
+    """A read that reached beyond the file's last byte."""
+
+    def __init__(self, path: Path, offset: int, length: int, file_bytes: int) -> None:
+        self.path, self.offset, self.length, self.file_bytes = path, offset, length, file_bytes
+        super().__init__(
+            f"{path}: the file ends at {file_bytes} bytes; "
+            f"{length} more were to be read at offset {offset}"
+        )
+
+
+class WindowMissing(Exception):
+    """The drive's window cannot be opened from this host."""
+
+    def __init__(self, path: Path, errno: int) -> None:
+        self.path, self.errno = path, errno
+        super().__init__(
+            f"the drive's window {path} cannot be opened ({os.strerror(errno)}). The host must "
+            "see the same file as the daemon: run both on one machine, or share its folder "
+            "with the host's container"
+        )
+
+
+class ReaderUnavailable(Exception):
+    """The kind of reader that was asked for cannot work here; the message says why."""
+
+
+class BuffersExhausted(Exception):
+    """A buffer pool's budget does not allow another buffer."""
+
+    def __init__(self, asked_bytes: int, in_use_bytes: int, budget_bytes: int) -> None:
+        self.asked_bytes = asked_bytes
+        self.in_use_bytes, self.budget_bytes = in_use_bytes, budget_bytes
+        super().__init__(
+            f"no room for a buffer of {asked_bytes} bytes: {in_use_bytes} of "
+            f"{budget_bytes} are in use"
+        )

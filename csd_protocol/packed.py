@@ -17,13 +17,13 @@ the bytes.
 import json
 import struct
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from csd_protocol.crc32c import crc32c
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 BLOCK_BYTES = 4096
 DIRECTORY_SLOT_BYTES = 512 * 1024
 DIRECTORY_SLOTS = 2

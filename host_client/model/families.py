@@ -1,0 +1,233 @@
+"""Families of models as tables: which tensors make up the units of each site.
+
+A unit is a stack of *pieces*, each so many rows of one tensor, or so many of its columns taken as
+rows. All pieces of a site have rows of the same length, so that one unit is one array [rows, cols]
+and one read. A new family is a new table.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from csd_protocol.packed import Part, Role, UnitKind
+from host_client.model.checkpoint import Checkpoint
+from host_client.model.errors import (
+    InvalidConfig,
+    MissingTensor,
+    ShapeMismatch,
+    UnknownFamily,
+    UnsupportedModel,
+)
+
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one tensor gives to each unit of a site."""
+
+    tensor: str  # Hugging Face's name
+    shape: tuple[int, ...]
+    rows_per_unit: int
+    columns: bool = False  # columns of the tensor, laid down as rows
+
+
+@dataclass(frozen=True, slots=True)
+class SiteShape:
+    """A site before it has a place: `count` units, each the `pieces` stacked, `width` values wide.
+
+    `rows` x `cols` is what the manifest says of a unit; it holds as many values as the stack.
+    """
+
+    role: Role
+    kind: UnitKind
+    layer: int
+    count: int
+    rows: int
+    cols: int
+    width: int
+    pieces: tuple[Piece, ...]
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def stack_rows(self) -> int:
+        return sum(piece.rows_per_unit for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaShape:
+    """The sizes that a LLaMA config states, with its defaults filled in."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def group_rows(self) -> int:
+        """Query rows of one KV group."""
+        return self.heads // self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A `model_type`: checks its config, and says what its sites are, in the order of the drive."""
+
+    check: Callable[[dict[str, Any]], None]
+    sites: Callable[[dict[str, Any]], Iterator[SiteShape]]
+
+
+def family_sites(checkpoint: Checkpoint) -> tuple[SiteShape, ...]:
+    """The sites of a checkpoint, with every tensor found and of the right shape.
+
+    Raises UnknownFamily, InvalidConfig, UnsupportedModel, MissingTensor or ShapeMismatch.
+    """
+    family = find_family(checkpoint.config, checkpoint.source)
+    family.check(checkpoint.config)
+    sites = tuple(family.sites(checkpoint.config))
+    _check_tensors(checkpoint, sites)
+    return sites
+
+
+def find_family(config: dict[str, Any], source: str) -> Family:
+    """The table for a config's `model_type`. Raises UnknownFamily naming the known ones."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UnknownFamily(
+            f"{source} is of the family {model_type!r}; known are: {', '.join(FAMILIES)}. "
+            "Choose a model of one of these"
+        )
+    return FAMILIES[model_type]
+
+
+def _check_tensors(checkpoint: Checkpoint, sites: tuple[SiteShape, ...]) -> None:
+    names = set(checkpoint.names())
+    for site in sites:
+        for piece in site.pieces:
+            if piece.tensor not in names:
+                raise MissingTensor(
+                    f"{checkpoint.source} has no tensor {piece.tensor}, which its config calls "
+                    "for. Download or convert the model again"
+                )
+            shape = checkpoint.shape(piece.tensor)
+            if shape != piece.shape:
+                raise ShapeMismatch(
+                    f"{checkpoint.source}: tensor {piece.tensor} is {shape}, but the config "
+                    f"says {piece.shape}. Config and weights are not of the same model"
+                )
+
+
+# ---- LLaMA -----------------------------------------------------------------------------------
+
+
+def llama_shape(config: dict[str, Any]) -> LlamaShape:
+    """Raises InvalidConfig naming the field that is missing or does not fit the others."""
+    for key in _REQUIRED:
+        if not isinstance(config.get(key), int) or config[key] <= 0:
+            raise InvalidConfig(f"config: {key} is {config.get(key)!r}, not a positive number")
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise InvalidConfig(f"config: {heads} heads cannot share {kv_heads} key-value heads")
+    return LlamaShape(
+        hidden=config["hidden_size"],
+        ffn=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocabulary=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def check_llama(config: dict[str, Any]) -> None:
+    """Raises UnsupportedModel for options that the units have no place for."""
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise UnsupportedModel(f"config: {key} is set; LLaMA models with biases do not pack")
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UnsupportedModel(f"config: hidden_act is {activation!r}; only silu is supported")
+    if config.get("quantization_config"):
+        raise UnsupportedModel(
+            "config: the weights are quantised (quantization_config). "
+            "Use the 16-bit checkpoint, or a GGUF file"
+        )
+
+
+def llama_sites(config: dict[str, Any]) -> Iterator[SiteShape]:
+    """The embedding, each layer's norms, kv, heads and ffn, the last norm, the output head."""
+    shape = llama_shape(config)
+    yield _rows(Role.EMBED, "model.embed_tokens.weight", shape)
+    for layer in range(shape.layers):
+        yield from _llama_layer(layer, f"model.layers.{layer}", shape)
+    yield _norms(Role.FINAL_NORM, -1, {"norm": "model.norm.weight"}, shape)
+    if not shape.tied:
+        yield _rows(Role.LM_HEAD, "lm_head.weight", shape)
+
+
+def _llama_layer(layer: int, prefix: str, shape: LlamaShape) -> Iterator[SiteShape]:
+    norms = {
+        name: f"{prefix}.{tensor}.weight"
+        for name, tensor in (
+            ("input_norm", "input_layernorm"),
+            ("post_attention_norm", "post_attention_layernorm"),
+        )
+    }
+    yield _norms(Role.NORMS, layer, norms, shape)
+    yield _kv(layer, f"{prefix}.self_attn", shape)
+    yield _heads(layer, f"{prefix}.self_attn", shape)
+    yield _ffn(layer, f"{prefix}.mlp", shape)
+
+
+def _rows(role: Role, tensor: str, shape: LlamaShape) -> SiteShape:
+    piece = Piece(tensor, (shape.vocabulary, shape.hidden), 1)
+    width = shape.hidden
+    return SiteShape(role, UnitKind.ROW, -1, shape.vocabulary, 1, width, width, (piece,))
+
+
+def _norms(role: Role, layer: int, tensors: dict[str, str], shape: LlamaShape) -> SiteShape:
+    width = shape.hidden
+    pieces = tuple(Piece(tensor, (width,), 1) for tensor in tensors.values())
+    parts = tuple(Part(name=name, shape=(width,)) for name in tensors)
+    cols = len(pieces) * width
+    return SiteShape(role, UnitKind.TENSOR, layer, 1, 1, cols, width, pieces, parts)
+
+
+def _kv(layer: int, prefix: str, shape: LlamaShape) -> SiteShape:
+    rows, width = shape.kv_heads * shape.head_dim, shape.hidden
+    names = ("k_proj", "v_proj")
+    pieces = tuple(Piece(f"{prefix}.{name}.weight", (rows, width), rows) for name in names)
+    parts = tuple(Part(name=name, shape=(rows, width)) for name in names)
+    return SiteShape(Role.KV, UnitKind.TENSOR, layer, 1, 2 * rows, width, width, pieces, parts)
+
+
+def _heads(layer: int, prefix: str, shape: LlamaShape) -> SiteShape:
+    rows, width = shape.group_rows, shape.hidden
+    all_rows = shape.heads * shape.head_dim
+    query = Piece(f"{prefix}.q_proj.weight", (all_rows, width), rows)
+    output = Piece(f"{prefix}.o_proj.weight", (width, all_rows), rows, columns=True)
+    count, pieces = shape.kv_heads, (query, output)
+    return SiteShape(Role.HEADS, UnitKind.HEAD, layer, count, 2 * rows, width, width, pieces)
+
+
+def _ffn(layer: int, prefix: str, shape: LlamaShape) -> SiteShape:
+    count, width = shape.ffn, shape.hidden
+    gate = Piece(f"{prefix}.gate_proj.weight", (count, width), 1)
+    up = Piece(f"{prefix}.up_proj.weight", (count, width), 1)
+    down = Piece(f"{prefix}.down_proj.weight", (width, count), 1, columns=True)
+    return SiteShape(Role.FFN, UnitKind.NEURON, layer, count, 3, width, width, (gate, up, down))
+
+
+FAMILIES = {"llama": Family(check_llama, llama_sites)}

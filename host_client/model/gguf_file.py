@@ -1,0 +1,210 @@
+"""A GGUF file as a checkpoint: Hugging Face's names and row order, dequantised by rows.
+
+llama.cpp keeps query and key rows of each head interleaved (its rotary embedding pairs neighbours
+where transformers pairs halves); rows are put back here as transformers itself does when it loads
+`gguf_file=`. Config fields carry the names transformers gives them, so that its config classes and
+tokenizers agree with what was packed.
+"""
+
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import quants
+from gguf.constants import GGMLQuantizationType
+
+from host_client.model.checkpoint import (
+    Dtype,
+    StoredTensor,
+    TensorFile,
+    prevailing_dtype,
+    sample_digest,
+)
+from host_client.model.errors import InvalidConfig, MissingTensor, UnknownFamily, UnsupportedModel
+from host_client.model.gguf_header import ArrayLength, GgufHeader, read_header
+
+_CONFIG_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "rope.freq_base": "rope_theta",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "rope.dimension_count": "head_dim",
+}
+_TOKEN_FIELDS = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "unknown_token_id": "unk_token_id",
+    "padding_token_id": "pad_token_id",
+}
+_GLOBAL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
+_INTERLEAVED = re.compile(r".*\.self_attn\.([qk])_proj\.(weight|bias)")
+
+
+class GgufFile:
+    """A `Checkpoint` over one GGUF file. Raises a ModelError on opening when it is not right."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = TensorFile(path)
+        try:
+            header = read_header(self._file)
+            _refuse_split(path, header)
+            self.config = _config(path, header)
+        except BaseException:
+            self._file.close()
+            raise
+        self._raw_header = header.raw
+        self._tensors = {_rename(name): tensor for name, tensor in header.tensors.items()}
+
+    @property
+    def source(self) -> str:
+        return str(self._file.path)
+
+    @property
+    def dtype(self) -> Dtype:
+        lengths: dict[Dtype, int] = {"float16": 0, "bfloat16": 0}
+        for tensor in self._tensors.values():
+            if tensor.format in ("F16", "BF16"):
+                lengths["float16" if tensor.format == "F16" else "bfloat16"] += tensor.length_bytes
+        return prevailing_dtype(lengths)
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._find(name).shape
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        tensor = self._find(name)
+        heads = self._interleaved_heads(name)
+        if heads is None:
+            return _dequantise(tensor, start, stop)
+        head_rows = tensor.shape[0] // heads
+        first, last = start // head_rows, -(-stop // head_rows)
+        rows = _dequantise(tensor, first * head_rows, last * head_rows)
+        return _halves(rows, last - first)[start - first * head_rows : stop - first * head_rows]
+
+    def _interleaved_heads(self, name: str) -> int | None:
+        """How many heads' rows are interleaved in this tensor; None: its rows are in order."""
+        match = _INTERLEAVED.fullmatch(name)
+        if match is None:
+            return None
+        heads = self.config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+        return int(heads)
+
+    def _find(self, name: str) -> StoredTensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise MissingTensor(f"{self._file.path} has no tensor for {name}") from None
+
+    def digest(self) -> str:
+        return sample_digest([self._raw_header], self._tensors.values())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _rename(name: str) -> str:
+    """Hugging Face's name for one of llama.cpp's; names without one are kept."""
+    match = _LAYER_TENSOR.fullmatch(name)
+    if match is not None and match[2] in _LAYER_NAMES:
+        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    return _GLOBAL_NAMES.get(name, name)
+
+
+def _refuse_split(path: Path, header: GgufHeader) -> None:
+    parts = header.fields.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise UnsupportedModel(
+            f"{path} is one of {parts} parts of a split model. Join them with "
+            "llama.cpp's `llama-gguf-split --merge` first"
+        )
+
+
+def _config(path: Path, header: GgufHeader) -> dict[str, Any]:
+    """The config that transformers derives from the same file."""
+    architecture = header.fields.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise InvalidConfig(f"{path} does not say its general.architecture. Convert it again")
+    if architecture != "llama":
+        raise UnknownFamily(
+            f"{path} is of the family {architecture!r}; GGUF files are read for: llama. "
+            "Use the model's safetensors folder"
+        )
+    config: dict[str, Any] = {
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "model_type": architecture,
+    }
+    prefixed = [(f"{architecture}.{key}", name) for key, name in _CONFIG_FIELDS.items()]
+    prefixed += [(f"tokenizer.ggml.{key}", name) for key, name in _TOKEN_FIELDS.items()]
+    prefixed.append(("general.name", "_model_name_or_path"))
+    config.update({name: header.fields[key] for key, name in prefixed if key in header.fields})
+    tokens = header.fields.get("tokenizer.ggml.tokens")
+    if "vocab_size" not in config and isinstance(tokens, ArrayLength):
+        config["vocab_size"] = tokens.count
+    heads = config.get("num_attention_heads")
+    if not isinstance(heads, int):
+        raise InvalidConfig(f"{path} does not say {architecture}.attention.head_count")
+    config.setdefault("num_key_value_heads", heads)
+    return config
+
+
+def _dequantise(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of a stored tensor: 16-bit as they are, all else as float32."""
+    data = tensor.read(start, stop)
+    shape = (stop - start, *tensor.shape[1:])
+    if tensor.format in ("F32", "F16", "BF16"):
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[tensor.format]
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
+    number_type = GGMLQuantizationType[tensor.format]
+    packed: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8).reshape(*shape[:-1], -1)
+    try:
+        values = quants.dequantize(packed, number_type)
+    except NotImplementedError as error:
+        raise UnsupportedModel(
+            f"{tensor.file.path}: tensor {tensor.name} is {tensor.format}, which cannot be "
+            "dequantised. Convert the model to Q8_0 or F16"
+        ) from error
+    return torch.from_numpy(values).reshape(shape)
+
+
+def _halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head from interleaved pairs to two halves; `rows` [heads * head_rows, ...]."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,145 @@
+"""Where everything of one model lies inside its extent; see docs/FORMAT.md.
+
+Whatever is rewritten after packing has two slots, so that the directory decides which is valid and
+a torn write leaves the other: the manifest, and the frequencies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from csd_protocol.packed import (
+    BLOCK_BYTES,
+    MODEL_ALIGN_BYTES,
+    VALUE_BYTES,
+    DirectoryEntry,
+    Extent,
+    PackedModel,
+    Role,
+    Site,
+    align_up,
+    encode_manifest,
+)
+from host_client.model.families import SiteShape
+
+_OFFSET_MAX = 10**18  # as many digits as any offset will have
+_TOKENS_MAX = 10**18
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """The two places of the manifest and of the frequencies."""
+
+    manifests: tuple[int, int]  # offsets in bytes
+    manifest_bytes: int  # of each
+    frequencies: tuple[int, int]
+    frequencies_bytes: int
+
+    def next_manifest(self, current: Extent) -> int:
+        """The offset of the manifest slot that is not in use."""
+        return self.manifests[current.offset_bytes == self.manifests[0]]
+
+    def next_frequencies(self, current: Extent | None) -> int:
+        """The offset of the frequencies slot that is not in use."""
+        if current is None:
+            return self.frequencies[0]
+        return self.frequencies[current.offset_bytes == self.frequencies[0]]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A model's manifest with every site placed, and the extents around it."""
+
+    model: PackedModel
+    extent: Extent
+    progress: Extent
+    slots: Slots
+
+
+def extent_bytes(model: PackedModel, shapes: Sequence[SiteShape]) -> int:
+    """How long a model's extent is. `model` is its manifest without sites."""
+    return place(model, shapes, 0).extent.length_bytes
+
+
+def place(model: PackedModel, shapes: Sequence[SiteShape], offset_bytes: int) -> Layout:
+    """The layout of a model whose extent starts at `offset_bytes`, a multiple of 1 MiB."""
+    slot_bytes = _manifest_slot_bytes(model, shapes)
+    table_start = offset_bytes + 2 * slot_bytes
+    table_bytes = 4 * sum(shape.count for shape in shapes)
+    progress = Extent(
+        offset_bytes=table_start + align_up(table_bytes, BLOCK_BYTES), length_bytes=BLOCK_BYTES
+    )
+    neurons = sum(shape.count for shape in shapes if shape.role is Role.FFN)
+    sites_start = _frequencies_start(progress) + 2 * align_up(4 * neurons, BLOCK_BYTES)
+    sites = _place_sites(shapes, sites_start)
+    placed = model.model_copy(
+        update={
+            "sites": sites,
+            "crc_table": Extent(offset_bytes=table_start, length_bytes=table_bytes),
+        }
+    )
+    end = align_up(sites[-1].offset_bytes + sites[-1].length_bytes, MODEL_ALIGN_BYTES)
+    extent = Extent(offset_bytes=offset_bytes, length_bytes=end - offset_bytes)
+    return Layout(placed, extent, progress, _slots(placed, extent, progress))
+
+
+def slots_of(model: PackedModel, entry: DirectoryEntry) -> Slots:
+    """The slots of a model that is on a drive."""
+    return _slots(model, entry.extent, entry.progress)
+
+
+def _slots(model: PackedModel, extent: Extent, progress: Extent) -> Slots:
+    manifest_bytes = (model.crc_table.offset_bytes - extent.offset_bytes) // 2
+    start = _frequencies_start(progress)
+    frequencies_bytes = (model.sites[0].offset_bytes - start) // 2
+    return Slots(
+        manifests=(extent.offset_bytes, extent.offset_bytes + manifest_bytes),
+        manifest_bytes=manifest_bytes,
+        frequencies=(start, start + frequencies_bytes),
+        frequencies_bytes=frequencies_bytes,
+    )
+
+
+def _frequencies_start(progress: Extent) -> int:
+    return progress.offset_bytes + BLOCK_BYTES
+
+
+def _manifest_slot_bytes(model: PackedModel, shapes: Sequence[SiteShape]) -> int:
+    """Room for the manifest with the longest numbers it can come to hold."""
+    longest = Extent(offset_bytes=_OFFSET_MAX, length_bytes=_OFFSET_MAX, crc32c=(1 << 32) - 1)
+    draft = model.model_copy(
+        update={
+            "sites": _place_sites(shapes, _OFFSET_MAX),
+            "crc_table": longest,
+            "frequencies": longest,
+            "frequency_tokens": _TOKENS_MAX,
+        }
+    )
+    return align_up(len(encode_manifest(draft)), BLOCK_BYTES)
+
+
+def _place_sites(shapes: Sequence[SiteShape], start: int) -> tuple[Site, ...]:
+    """Sites one behind the other from `start`, each on a whole block."""
+    lengths = [
+        align_up(shape.count * shape.rows * shape.cols * VALUE_BYTES, BLOCK_BYTES)
+        for shape in shapes
+    ]
+    offsets = accumulate(lengths, initial=start)
+    first_crcs = accumulate((shape.count for shape in shapes), initial=0)
+    return tuple(
+        Site(
+            site=index,
+            role=shape.role,
+            kind=shape.kind,
+            layer=shape.layer,
+            count=shape.count,
+            rows=shape.rows,
+            cols=shape.cols,
+            offset_bytes=offset,
+            first_crc=first_crc,
+            parts=shape.parts,
+        )
+        for index, (shape, offset, first_crc) in enumerate(
+            zip(shapes, offsets, first_crcs, strict=False)
+        )
+    )

@@ -1,0 +1,351 @@
+"""Writes a checkpoint to a drive as units, one chunk of a site at a time.
+
+In memory at any time: two chunks, the CRC table, and, for pieces that are columns of a tensor, that
+one tensor at 16 bits. One thread writes a chunk while the next is put together.
+
+A pack that was interrupted goes on after the last site that its progress record covers. That record
+is written only after a flush, so it never speaks of units that the drive could still lose.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import gcd
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from csd_protocol.crc32c import crc32c, crc32c_units
+from csd_protocol.packed import (
+    BLOCK_BYTES,
+    FORMAT_VERSION,
+    VALUE_BYTES,
+    Directory,
+    DirectoryEntry,
+    Extent,
+    PackedModel,
+    Site,
+    decode_progress,
+    encode_manifest,
+    encode_progress,
+)
+from csd_protocol.packed import Progress as ProgressRecord
+from host_client.model.catalog import (
+    commit,
+    find_free,
+    open_model,
+    pad,
+    read_directory,
+    remove_model,
+    store_manifest,
+    write_record,
+)
+from host_client.model.checkpoint import Checkpoint, Dtype
+from host_client.model.errors import DifferentModel, UnsupportedModel, ValueOverflow
+from host_client.model.families import Piece, SiteShape, family_sites
+from host_client.model.layout import Layout, extent_bytes, place
+from host_client.model.storage import BlockStorage
+
+U8 = npt.NDArray[np.uint8]
+U16 = npt.NDArray[np.uint16]
+U32 = npt.NDArray[np.uint32]
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, what was written
+
+CHUNK_BYTES = 4 << 20
+SAVE_EVERY_BYTES = 256 << 20  # what an interruption may cost
+_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def pack(
+    checkpoint: Checkpoint,
+    storage: BlockStorage,
+    name: str,
+    progress: Progress | None = None,
+    *,
+    dtype: Dtype | None = None,
+    replace: bool = False,
+    save_every_bytes: int = SAVE_EVERY_BYTES,
+) -> PackedModel:
+    """Packs a checkpoint under `name`, or what is left of it, and returns its manifest.
+
+    `dtype` is the checkpoint's own 16-bit type unless given. With `replace`, another model of that
+    name goes first. Raises a ModelError; DriveTooSmall and all that is wrong with the checkpoint's
+    names and shapes before anything is written.
+    """
+    if BLOCK_BYTES % storage.block_bytes:
+        raise UnsupportedModel(f"the drive has blocks of {storage.block_bytes}, not {BLOCK_BYTES}")
+    shapes = family_sites(checkpoint)
+    draft = _draft(checkpoint, name, dtype or checkpoint.dtype)
+    entry = read_directory(storage).find(name)
+    if entry is not None and entry.fingerprint != draft.fingerprint:
+        _give_way(storage, entry, checkpoint, replace)
+        entry = None
+    if entry is not None and entry.state == "complete":
+        return open_model(storage, name)[1]
+    job = (
+        _begin(storage, draft, shapes) if entry is None else _resume(storage, draft, shapes, entry)
+    )
+    _write_sites(job, checkpoint, progress or _ignore, save_every_bytes)
+    return _finish(job)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One model being packed."""
+
+    storage: BlockStorage
+    shapes: tuple[SiteShape, ...]
+    layout: Layout
+    first_site: int  # sites before it are on the drive
+    checksums: U32  # [units]
+
+    @property
+    def model(self) -> PackedModel:
+        return self.layout.model
+
+
+def _draft(checkpoint: Checkpoint, name: str, dtype: Dtype) -> PackedModel:
+    """The manifest as far as it does not depend on the drive."""
+    return PackedModel(
+        name=name,
+        family=checkpoint.config["model_type"],
+        config=checkpoint.config,
+        dtype=dtype,
+        source=checkpoint.source,
+        fingerprint=_fingerprint(checkpoint, dtype),
+        sites=(),
+        crc_table=Extent(offset_bytes=0, length_bytes=0),
+    )
+
+
+def _fingerprint(checkpoint: Checkpoint, dtype: Dtype) -> str:
+    """Of everything that decides the packed bytes; equal for a copy of the same files."""
+    config = json.dumps(checkpoint.config, sort_keys=True)
+    text = f"{FORMAT_VERSION} {dtype} {checkpoint.digest()} {config}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _give_way(
+    storage: BlockStorage, entry: DirectoryEntry, checkpoint: Checkpoint, replace: bool
+) -> None:
+    if not replace:
+        raise DifferentModel(
+            f"{entry.name} on the drive ({entry.state}) was packed from other files, or as another "
+            f"type, than {checkpoint.source}. Choose another name, or replace it"
+        )
+    remove_model(storage, entry.name)
+
+
+# ---- beginning, going on, finishing --------------------------------------------------------------
+
+
+def _begin(storage: BlockStorage, draft: PackedModel, shapes: tuple[SiteShape, ...]) -> _Job:
+    """Takes an extent and enters the model as being packed."""
+    directory = read_directory(storage)
+    length = extent_bytes(draft, shapes)
+    offset = find_free(directory, storage.capacity_bytes, length, draft.name)
+    layout = place(draft, shapes, offset)
+    manifest = write_record(storage, layout.slots.manifests[0], encode_manifest(layout.model))
+    job = _Job(storage, shapes, layout, 0, np.zeros(layout.model.unit_count, np.uint32))
+    _write_progress(job, 0)
+    entry = DirectoryEntry(
+        model=_free_identifier(directory),
+        name=draft.name,
+        state="packing",
+        fingerprint=draft.fingerprint,
+        extent=layout.extent,
+        manifest=manifest,
+        progress=layout.progress,
+    )
+    commit(storage, directory, [*directory.models, entry])
+    return job
+
+
+def _free_identifier(directory: Directory) -> int:
+    return 1 + max((entry.model for entry in directory.models), default=0)
+
+
+def _resume(
+    storage: BlockStorage,
+    draft: PackedModel,
+    shapes: tuple[SiteShape, ...],
+    entry: DirectoryEntry,
+) -> _Job:
+    """Goes on where the progress record says; at the start when there is none."""
+    layout = place(draft, shapes, entry.extent.offset_bytes)
+    record = decode_progress(storage.read(layout.progress.offset_bytes, BLOCK_BYTES))
+    checksums = np.zeros(layout.model.unit_count, np.uint32)
+    if record is None or record.fingerprint != draft.fingerprint:
+        return _Job(storage, shapes, layout, 0, checksums)
+    table = layout.model.crc_table
+    padded = len(pad(bytes(table.length_bytes)))
+    data = storage.read(table.offset_bytes, padded)[: table.length_bytes]
+    done = sum(site.count for site in layout.model.sites[: record.next_site])
+    checksums[:done] = np.frombuffer(data, "<u4")[:done]
+    return _Job(storage, shapes, layout, record.next_site, checksums)
+
+
+def _finish(job: _Job) -> PackedModel:
+    table = job.checksums.astype("<u4").tobytes()
+    extent = job.model.crc_table.model_copy(update={"crc32c": crc32c(table)})
+    model = job.model.model_copy(update={"crc_table": extent})
+    directory = read_directory(job.storage)
+    entry = directory.find(model.name)
+    if entry is None or entry.fingerprint != model.fingerprint:
+        raise DifferentModel(f"{model.name} was removed or replaced on the drive while packing it")
+    store_manifest(job.storage, directory, entry, model)
+    return model
+
+
+def _save(job: _Job, next_site: int) -> None:
+    """Makes all sites before `next_site` durable, and says so on the drive."""
+    table = job.checksums.astype("<u4").tobytes()
+    job.storage.write(job.model.crc_table.offset_bytes, pad(table))
+    job.storage.flush()
+    _write_progress(job, next_site)
+
+
+def _write_progress(job: _Job, next_site: int) -> None:
+    record = ProgressRecord(fingerprint=job.model.fingerprint, next_site=next_site)
+    job.storage.write(job.layout.progress.offset_bytes, encode_progress(record))
+
+
+def _ignore(done_bytes: int, total_bytes: int, what: str) -> None:
+    """The progress callback of those who give none."""
+
+
+# ---- sites ---------------------------------------------------------------------------------------
+
+
+class _WriteBehind:
+    """Writes one chunk while its caller prepares the next; errors come out at the next call."""
+
+    def __init__(self, storage: BlockStorage) -> None:
+        self._storage = storage
+        self._executor = ThreadPoolExecutor(1, "csd-pack")
+        self._pending: Future[None] | None = None
+
+    def write(self, offset_bytes: int, data: memoryview) -> None:
+        self.drain()
+        self._pending = self._executor.submit(self._storage.write, offset_bytes, data)
+
+    def drain(self) -> None:
+        """Waits until everything is written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._executor.shutdown(wait=True)
+
+
+def _write_sites(
+    job: _Job, checkpoint: Checkpoint, progress: Progress, save_every_bytes: int
+) -> None:
+    sites = job.model.sites
+    total = job.model.weights_bytes
+    done = saved = sum(site.length_bytes for site in sites[: job.first_site])
+    progress(done, total, job.model.name)
+    with _WriteBehind(job.storage) as writer:
+        for site in sites[job.first_site :]:
+            for written in _write_site(job, checkpoint, site, writer):
+                done += written
+                progress(done, total, site.name)
+            if done - saved >= save_every_bytes or site is sites[-1]:
+                writer.drain()
+                _save(job, site.site + 1)
+                saved = done
+
+
+def _write_site(
+    job: _Job, checkpoint: Checkpoint, site: Site, writer: _WriteBehind
+) -> Iterator[int]:
+    """Writes a site's units and notes their CRCs; yields the bytes of each chunk."""
+    offset = site.offset_bytes
+    first_crc = site.first_crc
+    for units in _chunks(checkpoint, job.shapes[site.site], _TORCH_DTYPES[job.model.dtype]):
+        rows = units.view(np.uint8).reshape(units.shape[0], -1)
+        job.checksums[first_crc : first_crc + rows.shape[0]] = crc32c_units(rows)
+        writer.write(offset, _whole_blocks(rows))
+        offset += rows.size
+        first_crc += rows.shape[0]
+        yield rows.size
+
+
+def _whole_blocks(rows: U8) -> memoryview:
+    """The bytes of a chunk; the last of a site is filled up with zeroes to a whole block."""
+    if rows.size % BLOCK_BYTES:
+        return memoryview(pad(rows.tobytes()))
+    return rows.reshape(-1).data
+
+
+def units_per_chunk(unit_bytes: int) -> int:
+    """How many units make a chunk of about CHUNK_BYTES that ends on a whole block."""
+    step = BLOCK_BYTES // gcd(BLOCK_BYTES, unit_bytes)
+    return step * max(1, CHUNK_BYTES // (step * unit_bytes))
+
+
+def _chunks(checkpoint: Checkpoint, shape: SiteShape, dtype: torch.dtype) -> Iterator[U16]:
+    """The units of a site, in chunks of [units, stack_rows, width] 16-bit patterns."""
+    columns = {
+        piece.tensor: _read_16bit(checkpoint, piece, dtype)
+        for piece in shape.pieces
+        if piece.columns
+    }
+    step = units_per_chunk(shape.rows * shape.cols * VALUE_BYTES)
+    for start in range(0, shape.count, step):
+        stop = min(start + step, shape.count)
+        units = np.empty((stop - start, shape.stack_rows, shape.width), np.uint16)
+        first_row = 0
+        for piece in shape.pieces:
+            rows = piece.rows_per_unit
+            first, last = start * rows, stop * rows
+            if piece.columns:
+                block = columns[piece.tensor][:, first:last].T
+            else:
+                block = _rows_16bit(checkpoint, piece.tensor, first, last, dtype)
+            into = units[:, first_row : first_row + rows]
+            into[...] = block.reshape(into.shape)
+            first_row += rows
+        yield units
+
+
+def _read_16bit(checkpoint: Checkpoint, piece: Piece, dtype: torch.dtype) -> U16:
+    """A whole tensor as 16-bit patterns, converted a block of rows at a time."""
+    values = np.empty(piece.shape, np.uint16)
+    step = max(1, CHUNK_BYTES // (piece.shape[1] * VALUE_BYTES))
+    for start in range(0, piece.shape[0], step):
+        stop = min(start + step, piece.shape[0])
+        values[start:stop] = _rows_16bit(checkpoint, piece.tensor, start, stop, dtype)
+    return values
+
+
+def _rows_16bit(
+    checkpoint: Checkpoint, name: str, start: int, stop: int, dtype: torch.dtype
+) -> U16:
+    """Rows [start, stop) of a tensor as 16-bit patterns; a vector is one row a unit wide."""
+    if len(checkpoint.shape(name)) == 1:
+        start, stop = 0, checkpoint.shape(name)[0]
+    rows = checkpoint.read_rows(name, start, stop)
+    values = rows.to(dtype)
+    if rows.dtype != dtype and bool(torch.isinf(values).any()):
+        raise ValueOverflow(
+            f"{checkpoint.source}: tensor {name} has values beyond what {dtype} can hold "
+            f"({torch.finfo(dtype).max:.0f}). Pack with --dtype bfloat16"
+        )
+    patterns: U16 = values.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return patterns

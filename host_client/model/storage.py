@@ -1,0 +1,24 @@
+"""What packing needs of a drive: a run of blocks. `host_client.driver.Drive` is one."""
+
+from typing import Protocol
+
+
+class BlockStorage(Protocol):
+    """Bytes by offset. Offsets and lengths given are multiples of `block_bytes`.
+
+    A write that returned survives the daemon's death only once a later `flush` returned.
+    """
+
+    @property
+    def capacity_bytes(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def read(self, offset_bytes: int, length_bytes: int, /) -> bytes: ...
+
+    def write(self, offset_bytes: int, data: bytes | memoryview, /) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def deallocate(self, offset_bytes: int, length_bytes: int, /) -> None: ...

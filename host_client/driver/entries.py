@@ -118,7 +118,12 @@ def deallocate(slba: int, blocks: int) -> Command:
 
 def execute_program(program: int, model: int, layer: int, hidden: F32, keep: float) -> Command:
     body = pb.ExecuteProgram(
-        program=program, model=model, layer=layer, hidden=_float_bytes(hidden), keep=keep
+        program=program,
+        model=model,
+        layer=layer,
+        hidden=_float_bytes(hidden),
+        rows=_rows(hidden),
+        keep=keep,
     )
     what = f"Execute Program {program} for layer {layer}"
     return _compute(what, ComputeOpcode.EXECUTE_PROGRAM, execute_program=body)
@@ -132,6 +137,7 @@ def predict_and_stage(
         program=program,
         token=token,
         hidden=_float_bytes(hidden),
+        rows=_rows(hidden),
         targets=[_target(target) for target in targets],
     )
     what = f"PREDICT_AND_STAGE of model {model}"
@@ -154,6 +160,10 @@ def host_residency(model: int, sites: Mapping[int, Residency]) -> Command:
 
 def _float_bytes(values: F32) -> bytes:
     return np.ascontiguousarray(values, np.dtype("<f4")).tobytes()
+
+
+def _rows(values: F32) -> int:
+    return values.shape[0] if values.ndim == 2 else 1
 
 
 def _target(target: StageTarget) -> pb.StageTarget:

@@ -98,16 +98,10 @@ class _GrpcLane:
         try:
             for completion in self._stream:
                 self._receive(completion)
-        except grpc.RpcError as error:
-            reason = _reason(error)
+        except grpc.RpcError:
+            reason = f"{self._stream.code().name}: {self._stream.details()}"
         self._outgoing.put(None)
         self._lost(reason)
-
-
-def _reason(error: grpc.RpcError) -> str:
-    if isinstance(error, grpc.Call):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)
 
 
 class Session(Protocol):

@@ -109,7 +109,7 @@ class QueuePair:
         self._free: SimpleQueue[int] = SimpleQueue()
         self._lock = threading.Lock()
         self._lost_reason: str | None = None
-        self._receiver = 0  # thread that receives; it must never wait for room
+        self._here = threading.local()  # .receiving: this thread must never wait for room
         # Never among the free ones: Connect's first, then kept so that a full queue can be aborted.
         self._reserved_cid = 0
         self._lane = link.open_lane(self._receive, self._lose)
@@ -168,7 +168,7 @@ class QueuePair:
     def _take_cid(self, room_timeout_s: float | None) -> int:
         limit_s = self.timeout_s if room_timeout_s is None else room_timeout_s
         try:
-            if threading.get_ident() == self._receiver:
+            if getattr(self._here, "receiving", False):
                 cid = self._free.get_nowait()
             else:
                 cid = self._free.get(timeout=limit_s)
@@ -191,7 +191,13 @@ class QueuePair:
         self._lane.send(pending.command.entry)
 
     def _receive(self, completion: pb.CompletionEntry) -> None:
-        self._receiver = threading.get_ident()
+        self._here.receiving = True
+        try:
+            self._match(completion)
+        finally:
+            self._here.receiving = False
+
+    def _match(self, completion: pb.CompletionEntry) -> None:
         with self._lock:
             pending = self._pending.pop(completion.cid, None)
             if pending is None:

@@ -866,6 +866,7 @@ class ExecuteProgram(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     program: _builtins.int
     model: _builtins.int
     layer: _builtins.int
@@ -873,6 +874,8 @@ class ExecuteProgram(_message.Message):
     """float32, little endian [rows, hidden]"""
     keep: _builtins.float
     """fraction of the layer's neurons to name"""
+    rows: _builtins.int
+    """of `hidden`; 0: one"""
     def __init__(
         self,
         *,
@@ -881,10 +884,11 @@ class ExecuteProgram(_message.Message):
         layer: _builtins.int = ...,
         hidden: _builtins.bytes = ...,
         keep: _builtins.float = ...,
+        rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "keep", b"keep", "layer", b"layer", "model", b"model", "program", b"program"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "keep", b"keep", "layer", b"layer", "model", b"model", "program", b"program", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -957,12 +961,15 @@ class PredictAndStage(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     model: _builtins.int
     program: _builtins.int
     token: _builtins.int
     """position, for logs and traces"""
     hidden: _builtins.bytes
     """float32, little endian [rows, hidden]"""
+    rows: _builtins.int
+    """of `hidden`; 0: one"""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTarget]: ...
     def __init__(
@@ -973,10 +980,11 @@ class PredictAndStage(_message.Message):
         token: _builtins.int = ...,
         hidden: _builtins.bytes = ...,
         targets: _abc.Iterable[Global___StageTarget] | None = ...,
+        rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "model", b"model", "program", b"program", "targets", b"targets", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "model", b"model", "program", b"program", "rows", b"rows", "targets", b"targets", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

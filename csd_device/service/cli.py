@@ -1,0 +1,119 @@
+"""The command line `csd-device`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from csd_device.clock import Clock, TimeMode, VirtualClock, WallClock
+from csd_device.config import DriveConfig, load_config, preset_names
+from csd_device.drive import Drive
+from csd_device.errors import DriveRefused
+from csd_device.service import daemon
+from csd_device.service.rehearsal import rehearse
+from csd_protocol.address import Address, TcpAddress, parse_address
+from csd_protocol.crc32c import crc32c
+from csd_protocol.units import format_size
+
+app = typer.Typer(
+    help="An emulated computational storage drive.", no_args_is_help=True, add_completion=False
+)
+
+_EXIT_REFUSED = 1
+_EXIT_USAGE = 2
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def main() -> None:
+    app()
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `serve` a command of its own."""
+
+
+@app.command()
+def drives() -> None:
+    """List the drives that come along, by name."""
+    for name in preset_names():
+        typer.echo(f"{name}\t{load_config(name).description}")
+
+
+@app.command()
+def serve(
+    drive: Annotated[str, typer.Option(help="A drive's name (`csd-device drives`) or TOML file.")],
+    media: Annotated[Path, typer.Option(help="Folder of the drive's media; made when missing.")],
+    listen: Annotated[str, typer.Option(help="unix:PATH or HOST:PORT.")],
+    time: Annotated[TimeMode, typer.Option(help="How modelled time is kept.")] = TimeMode.OFF,
+    window: Annotated[
+        Path | None, typer.Option(help="File of the window; by default on /dev/shm.")
+    ] = None,
+    allow_remote: Annotated[
+        bool, typer.Option(help="Listen where other machines can reach it, without encryption.")
+    ] = False,
+    stop_with_stdin: Annotated[
+        bool, typer.Option(help="Stop at the end of standard input, when the parent has died.")
+    ] = False,
+) -> None:
+    """Serve a drive until SIGTERM or Ctrl-C."""
+    said = Console(stderr=True, highlight=False)
+    address = _checked_address(listen, allow_remote, said)
+    try:
+        config = load_config(drive)
+        window_path = window or default_window_path(media)
+        _run(config, media, window_path, address, time, stop_with_stdin, said)
+    except DriveRefused as error:
+        said.print(f"[red]refused:[/] {error}", soft_wrap=True)
+        raise typer.Exit(_EXIT_REFUSED) from None
+
+
+def default_window_path(media: Path) -> Path:
+    """The same for the same media, so that a restart replaces what a killed daemon left."""
+    name = f"csd-{os.getuid()}-{crc32c(str(media.resolve()).encode()):08x}.window"
+    return _SHARED_MEMORY / name
+
+
+def _run(
+    config: DriveConfig,
+    media: Path,
+    window_path: Path,
+    address: Address,
+    time: TimeMode,
+    stop_with_stdin: bool,
+    said: Console,
+) -> None:
+    clock: Clock = VirtualClock() if time is TimeMode.VIRTUAL else WallClock()
+    opened = Drive.open(config, media, clock=clock, time_mode=time, window_path=window_path)
+    try:
+        rehearse()
+
+        def ready(bound: Address) -> None:
+            typer.echo(f"ready: {config.name} at {bound}, window {window_path}")
+            said.print(
+                f"{config.description}: {format_size(config.capacity_bytes)} at {media}, "
+                f"time {time.value}",
+                soft_wrap=True,
+            )
+
+        daemon.serve(opened, address, ready, stop_with_stdin)
+    finally:
+        opened.close()
+
+
+def _checked_address(listen: str, allow_remote: bool, said: Console) -> Address:
+    try:
+        address = parse_address(listen)
+    except ValueError as error:
+        said.print(f"[red]--listen:[/] {error}", soft_wrap=True)
+        raise typer.Exit(_EXIT_USAGE) from None
+    if isinstance(address, TcpAddress) and not address.is_loopback and not allow_remote:
+        said.print(
+            f"[red]--listen:[/] other machines can reach {address}, and nothing protects the "
+            "drive from them. Use a loopback address or unix:PATH, or say --allow-remote",
+            soft_wrap=True,
+        )
+        raise typer.Exit(_EXIT_USAGE)
+    return address

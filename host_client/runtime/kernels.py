@@ -268,9 +268,7 @@ def _neurons_serial(x: Any, units: Any, picked: Any, out: Any, activity: Any) ->
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _neurons_parallel(
-    x: Any, units: Any, picked: Any, out: Any, activity: Any, lanes: Any
-) -> None:
+def _neurons_parallel(x: Any, units: Any, picked: Any, out: Any, activity: Any, lanes: Any) -> None:
     count = picked.shape[0]
     totals = np.zeros((lanes, x.shape[0], x.shape[1]), np.float32)
     for lane in prange(lanes):

@@ -1,0 +1,34 @@
+"""Text that every Python installation carries: its language reference, `pydoc_data.topics`.
+
+Topics are dealt out alternately, so what quality is judged on was never seen in calibration.
+"""
+
+from enum import Enum
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+
+
+class Split(Enum):
+    CALIBRATION = 0
+    HELD_OUT = 1
+
+
+def default_text(split: Split) -> str:
+    """Half of the language reference, topics in alphabetical order."""
+    names = sorted(topics)[split.value :: 2]
+    return "\n\n".join(topics[name] for name in names)
+
+
+def token_windows(
+    tokenizer: Any, text: str, tokens: int, window: int
+) -> list[torch.Tensor]:
+    """The first `tokens` tokens of `text` in windows: int64 [1, up to window] each.
+
+    Raises ValueError when the text is shorter than that.
+    """
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0, :tokens]
+    if ids.numel() < tokens:
+        raise ValueError(f"the text has {ids.numel()} tokens; {tokens} were asked for")
+    return [part.unsqueeze(0) for part in ids.split(window) if part.numel() > 1]

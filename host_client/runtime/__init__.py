@@ -1,0 +1,1 @@
+"""The runtime: a memory plan, resident units, prefetch, and transformers modules on top of them."""

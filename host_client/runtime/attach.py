@@ -1,0 +1,105 @@
+"""Attach an engine to a transformers model: the one file that touches transformers' classes.
+
+The model is built from its config on torch's meta device, so no weight is ever allocated; then its
+embedding, projections, FFNs and output head are replaced by `layers`, and its norms filled with the
+packed values. Everything else (rotary embedding, attention, cache, `generate`) stays transformers'
+own. The names of the replaced modules are the same in every family that `ATTACHABLE` lists.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from csd_protocol.packed import PackedModel, Role, Site
+from host_client.runtime import kernels
+from host_client.runtime.engine import Engine
+from host_client.runtime.layers import (
+    Projection,
+    StagedEmbedding,
+    StagedFfn,
+    StagedHead,
+    StagedProjection,
+)
+
+ATTACHABLE = ("llama",)
+
+
+def config_of(packed: PackedModel) -> PretrainedConfig:
+    """The transformers config that the model was packed with."""
+    settings = dict(packed.config)
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def skeleton(packed: PackedModel) -> PreTrainedModel:
+    """A transformers model without any weights, in evaluation mode."""
+    if packed.family not in ATTACHABLE:
+        raise ValueError(f"family {packed.family!r} cannot run; known: {', '.join(ATTACHABLE)}")
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config_of(packed), dtype=torch.float32, attn_implementation="sdpa"
+        )
+    return model.eval()
+
+
+def attach(model: PreTrainedModel, engine: Engine) -> None:
+    """Replace what holds weights in `model` by modules that compute on the engine's units."""
+    body: Any = model.model
+    body.embed_tokens = StagedEmbedding(engine)
+    for number, layer in enumerate(body.layers):
+        _attach_layer(layer, number, engine)
+    norm = engine.model.find(Role.FINAL_NORM)
+    body.norm.weight = _parameter(_parts(engine, norm)["final_norm"])
+    body.rotary_emb = type(body.rotary_emb)(config=model.config, device="cpu")
+    head: Any = StagedHead(engine)
+    model.lm_head = head
+    _check_complete(model)
+
+
+def _attach_layer(layer: Any, number: int, engine: Engine) -> None:
+    for projection in Projection:
+        setattr(
+            layer.self_attn, projection.value, StagedProjection(engine, number, projection)
+        )
+    layer.mlp = StagedFfn(engine, number)
+    norms = _parts(engine, engine.model.find(Role.NORMS, number))
+    layer.input_layernorm.weight = _parameter(norms["input_norm"])
+    layer.post_attention_layernorm.weight = _parameter(norms["post_attention_norm"])
+    layer.register_forward_pre_hook(_entry_hook(number, engine), with_kwargs=True)
+
+
+def _entry_hook(number: int, engine: Engine) -> Any:
+    def enter(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        hidden: torch.Tensor = arguments[0] if arguments else keywords["hidden_states"]
+        if number == 0:
+            cache = keywords.get("past_key_values")
+            cached = int(cache.get_seq_length()) if cache is not None else 0
+            engine.check_context(hidden.shape[0] * (cached + hidden.shape[1]))
+        engine.enter(number, hidden.detach().reshape(-1, hidden.shape[-1]).numpy())
+
+    return enter
+
+
+def _parts(engine: Engine, site: Site) -> dict[str, torch.Tensor]:
+    """The tensors inside a resident `tensor` unit, as float32."""
+    flat = np.empty((1, site.rows * site.cols), np.float32)
+    kernels.widen_rows(engine.resident[site.site].values, None, flat, engine.bf16)
+    parts, start = {}, 0
+    for part in site.parts:
+        size = int(np.prod(part.shape))
+        parts[part.name] = torch.from_numpy(flat[0, start : start + size].reshape(part.shape))
+        start += size
+    return parts
+
+
+def _parameter(values: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+def _check_complete(model: PreTrainedModel) -> None:
+    """Nothing may be left without a value."""
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    left += [name for name, tensor in model.named_buffers() if tensor.is_meta]
+    assert not left, f"the family's table misses {', '.join(left)}"

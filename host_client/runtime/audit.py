@@ -1,0 +1,57 @@
+"""The audit of a kept fraction: how much of what the true FFN input wanted was chosen in time.
+
+The host cannot score neurons it does not hold, so on each decoded token one layer, in turn, has the
+rest of its neurons staged late and scored by |silu(g) * u| * ||down||, as the choice itself is. What
+that moves is counted as late, and is about one layer's share of the staged volume.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from csd_protocol.packed import Site
+from host_client.runtime import kernels
+from host_client.runtime.engine import Engine
+from host_client.runtime.prefetch import Block
+
+U16 = npt.NDArray[np.uint16]
+F32 = npt.NDArray[np.float32]
+
+
+class Auditor:
+    """Called for each layer of a guided pass; looks closely at one layer a token."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, site: Site, x: F32, block: Block) -> None:
+        """x: the true FFN input, float32 [1, hidden]."""
+        engine = self._engine
+        if block.predicted is None or engine.tokens_seen % engine.model.layer_count != site.layer:
+            return
+        entry = engine.resident[site.site]
+        scores = np.zeros(site.count, np.float32)
+        scores[entry.units] = self._scores(x, entry.values)
+        scores[block.units] = self._scores(x, block.values)
+        for units, values in engine.missed_parts(site, block):
+            scores[units] = self._scores(x, values)
+        kept = math.ceil(engine.quality.kept * site.count)
+        wanted = np.argpartition(-scores, kept - 1)[:kept]
+        engine.tally.wanted_units += kept
+        engine.tally.wanted_in_time += int(np.isin(wanted, block.predicted).sum())
+
+    def _scores(self, x: F32, values: U16) -> F32:
+        activity = np.zeros((1, values.shape[0]), np.float32)
+        if values.shape[0]:
+            ignored = np.zeros_like(x)
+            kernels.neurons(x, values, None, ignored, self._engine.bf16, activity)
+        return activity[0] * down_norms(values, x.shape[1], self._engine.bf16)
+
+
+def down_norms(units: U16, hidden: int, bf16: bool) -> F32:
+    """L2 norm of each neuron's down column. units uint16 [n, 3 * hidden] -> float32 [n]."""
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    down = torch.from_numpy(units[:, 2 * hidden :].view(np.int16)).view(dtype)
+    return torch.linalg.vector_norm(down.float(), dim=1).numpy()

@@ -1,0 +1,196 @@
+"""`CsdModelForCausalLM`: a transformers model whose weights lie on a drive.
+
+    model = CsdModelForCausalLM.from_pretrained("smollm2-135m", drive="unix:csd.sock", dram="45%")
+    model.generate(**inputs)
+    model.csd.close()
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from csd_protocol.packed import PackedModel
+from host_client.driver import Drive
+from host_client.io import Buffer, Reader, open_reader
+from host_client.io.opening import Kind as ReaderKind
+from host_client.model.catalog import open_model, read_crc_table, read_frequencies
+from host_client.model.source import resolve_source
+from host_client.runtime.attach import attach, skeleton
+from host_client.runtime.audit import Auditor
+from host_client.runtime.checksums import Checksums
+from host_client.runtime.engine import Engine, Guidance
+from host_client.runtime.fetch import Fetcher
+from host_client.runtime.layers import StagedFfn
+from host_client.runtime.plan import BUFFERS, Plan, make_plan, parse_budget
+from host_client.runtime.prefetch import Prefetcher
+from host_client.runtime.quality import Quality
+from host_client.runtime.residency import Progress, ResidentSite, load_resident, residency_of
+from host_client.runtime.tally import Tally
+
+CONTEXT_DEFAULT = 512
+LOOKAHEAD_DEFAULT = 1
+_PREFERRED = ("shadow", "frequency")  # which kind of program guides a kept fraction
+
+
+class NoPredictor(RuntimeError):
+    """A kept fraction was asked for, and the drive has no active program for the model."""
+
+
+@dataclass(slots=True)
+class CsdRuntime:
+    """What stands behind a model: its drive, plan, engine and sums. `model.csd`."""
+
+    drive: Drive
+    packed: PackedModel
+    plan: Plan
+    engine: Engine
+    tally: Tally
+    reader: Reader
+    weights_bytes: int  # host memory that was allocated for units and staging buffers
+    predictor: str | None  # kind of the program that guides, None at exact quality
+    _owned: list[Any]
+
+    def close(self) -> None:
+        """Stop prefetching, give leases back; end the drive when it was opened for this model."""
+        try:
+            self.engine.close()
+        finally:
+            for resource in self._owned:
+                resource.close()
+            self._owned.clear()
+
+
+class CsdModelForCausalLM:
+    """Makes transformers models that run on a drive; never instantiated itself."""
+
+    @staticmethod
+    def from_pretrained(
+        model: str | Path,
+        drive: Drive | str | None = None,
+        dram: str | int = "45%",
+        quality: str | float | Quality = "exact",
+        *,
+        context: int = CONTEXT_DEFAULT,
+        lookahead: int = LOOKAHEAD_DEFAULT,
+        reader: ReaderKind = "auto",
+        audit: bool = False,
+        progress: Progress | None = None,
+    ) -> PreTrainedModel:
+        """A transformers causal language model over a packed model.
+
+        model: a folder, a .gguf file, `smollm2-135m`, or the name it has on the drive.
+        drive: an open `Drive`, an address, or None for an embedded one.
+        dram: host memory for weights, staging buffers and KV cache: `5GiB`, bytes or `45%`.
+        quality: `exact`, or the fraction of FFN neurons kept in decode, like 0.5.
+        context: tokens that the KV cache has room for.
+        lookahead: how many layers ahead the drive's program is asked (kept fraction only).
+        audit: measure recall in decode (kept fraction only; stages one layer's rest a token).
+
+        The result's `csd` is a `CsdRuntime`; close it when done. Raises ModelError, DriveError,
+        BudgetTooSmall, QualityError, NoPredictor, WindowTooSmall, ReaderError.
+        """
+        parsed = Quality.parse(quality)
+        owned: list[Any] = []
+        try:
+            opened = _open_drive(drive, owned)
+            runtime = _start(
+                opened, name_on_drive(model), dram, parsed, context, lookahead, reader,
+                progress or _silent, owned,
+            )
+        except BaseException:
+            for resource in owned:
+                resource.close()
+            raise
+        made = skeleton(runtime.packed)
+        attach(made, runtime.engine)
+        if audit and not parsed.exact:
+            _audit(made, runtime.engine)
+        made.csd = runtime  # type: ignore[assignment]
+        return made
+
+
+def name_on_drive(model: str | Path) -> str:
+    """What a model is called on a drive: its source's name, or `model` when it is no source."""
+    looks_like_path = "/" in str(model) or Path(model).exists()
+    return resolve_source(model).name if looks_like_path else str(model)
+
+
+def _open_drive(drive: Drive | str | None, owned: list[Any]) -> Drive:
+    if isinstance(drive, Drive):
+        return drive
+    opened = Drive.embedded() if drive is None else Drive.connect(drive)
+    owned.append(opened)
+    return opened
+
+
+def _start(
+    drive: Drive,
+    name: str,
+    dram: str | int,
+    quality: Quality,
+    context: int,
+    lookahead: int,
+    reader_kind: ReaderKind,
+    progress: Progress,
+    owned: list[Any],
+) -> CsdRuntime:
+    model_id, packed = open_model(drive, name)
+    plan = make_plan(packed, parse_budget(dram, packed), context)
+    guidance, predictor = _guidance(drive, packed, quality, lookahead)
+    tally = Tally()
+    readers = [open_reader(drive.window_path, reader_kind) for _ in range(2)]
+    owned[:0] = readers
+    checksums = Checksums(packed, read_crc_table(drive, packed))
+    fetcher = Fetcher(drive, model_id, readers[0], checksums, tally)
+    resident = load_resident(packed, plan, fetcher, read_frequencies(drive, packed), progress)
+    drive.set_residency(model_id, residency_of(resident.values()))
+    buffers = [Buffer(plan.buffer_bytes) for _ in range(BUFFERS)]
+    prefetcher = Prefetcher(drive, model_id, readers[1], checksums, resident, buffers, tally)
+    engine = Engine(
+        drive, model_id, packed, plan, resident, prefetcher, fetcher, quality, guidance, tally,
+        time.perf_counter_ns,
+    )
+    weights = _allocated(resident, buffers) + plan.fetch_buffer_bytes
+    return CsdRuntime(
+        drive, packed, plan, engine, tally, readers[1], weights, predictor, owned
+    )
+
+
+def _guidance(
+    drive: Drive, packed: PackedModel, quality: Quality, lookahead: int
+) -> tuple[Guidance | None, str | None]:
+    """The program that chooses, when something is to be left out. Raises NoPredictor."""
+    if quality.exact:
+        return None, None
+    loaded = {
+        entry["kind"]: entry["program"]
+        for entry in drive.programs()
+        if entry["active"] and entry["model"] == packed.name
+    }
+    for kind in _PREFERRED:
+        if kind in loaded:
+            return Guidance(loaded[kind], lookahead), kind
+    raise NoPredictor(
+        f"quality {quality} needs a predictor for {packed.name} on the drive, and none is active. "
+        f"Run `csd predictor build shadow {packed.name}`, or ask for --quality exact"
+    )
+
+
+def _allocated(resident: dict[int, ResidentSite], buffers: list[Buffer]) -> int:
+    return sum(entry.values.nbytes for entry in resident.values()) + sum(
+        buffer.size for buffer in buffers
+    )
+
+
+def _audit(made: PreTrainedModel, engine: Engine) -> None:
+    auditor = Auditor(engine)
+    for module in made.modules():
+        if isinstance(module, StagedFfn):
+            module.auditor = auditor
+
+
+def _silent(done_bytes: int, total_bytes: int) -> None:
+    """Progress for callers that want none."""

@@ -1,0 +1,265 @@
+"""The engine: one model's forward passes as a sequence of steps, requested ahead of compute.
+
+Two ways to run a pass. A *sweep* needs every unit (exact quality, and any pass over more than a
+few tokens): steps are requested as far ahead as the drive's window allows, across the end of a
+pass, since the next token needs the same again. A *guided* pass (a kept fraction, decode) requests
+layer l + lookahead when the hidden state enters layer l, and lets the program on the drive choose.
+
+Modules (`layers`) call in here in the order of the forward pass: `begin`, then for each layer
+`enter`, `block` and `leave`, then `head_slices`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from csd_protocol.packed import PackedModel, Role, Site
+from csd_protocol.units import format_size
+from host_client.driver import Drive
+from host_client.io import Buffer
+from host_client.runtime.fetch import Fetcher, WindowTooSmall
+from host_client.runtime.plan import Plan, head_site
+from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
+from host_client.runtime.quality import Quality
+from host_client.runtime.residency import ResidentSite
+from host_client.runtime.tally import Tally
+
+U16 = npt.NDArray[np.uint16]
+U32 = npt.NDArray[np.uint32]
+F32 = npt.NDArray[np.float32]
+
+STEPS_AHEAD_MAX = 4
+GUIDED_TOKENS_MAX = 1  # a pass over more rows wants nearly every unit anyway
+
+
+class ContextExceeded(RuntimeError):
+    """More tokens than the plan made room for in the KV cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """How a kept fraction is chosen: which program, and how many layers ahead it is asked."""
+
+    program: int
+    lookahead: int
+
+
+class Engine:
+    """Steps of one model over one drive. Not thread-safe: one forward pass at a time."""
+
+    def __init__(
+        self,
+        drive: Drive,
+        model_id: int,
+        model: PackedModel,
+        plan: Plan,
+        resident: dict[int, ResidentSite],
+        prefetcher: Prefetcher,
+        fetcher: Fetcher,
+        quality: Quality,
+        guidance: Guidance | None,
+        tally: Tally,
+        now_ns: Callable[[], int],
+    ) -> None:
+        self.drive, self.model_id, self.model, self.plan = drive, model_id, model, plan
+        self.resident, self.quality, self.tally = resident, quality, tally
+        self.bf16 = model.dtype == "bfloat16"
+        self.head = head_site(model)
+        self.tokens_seen = 0
+        self._fetcher, self._prefetcher = fetcher, prefetcher
+        self._guidance = guidance
+        self._now_ns = now_ns
+        self._fetch_buffer = Buffer(plan.fetch_buffer_bytes)
+        self._steps = _steps_of(model, plan, resident, self.head)
+        self._layers = model.layer_count
+        self._ahead = _steps_ahead(drive.window_bytes, self._steps)
+        self._next = 0  # the step to request next
+        self._guided = False
+        self._current: Arrival | None = None
+        self._arrived_layer = -1
+
+    # ---- the order of a pass -----------------------------------------------------------------
+
+    def begin(self, rows: int) -> None:
+        """A pass over `rows` = batch x tokens starts."""
+        guided = self._guidance is not None and rows <= GUIDED_TOKENS_MAX
+        if self._prefetcher.next_number not in (None, 0) or guided or self._guided:
+            self._drop()
+        if self._prefetcher.next_number is None:
+            self._next = 0
+        self._guided = guided
+        self._pump()
+
+    def check_context(self, tokens: int) -> None:
+        """The KV cache is about to hold `tokens` in all its rows. Raises ContextExceeded."""
+        self.tokens_seen = tokens
+        if tokens > self.plan.context:
+            raise ContextExceeded(
+                f"{tokens} tokens in the KV cache; the plan made room for {self.plan.context}. "
+                f"Pass a larger context (--context, or context= of from_pretrained)"
+            )
+
+    def enter(self, layer: int, hidden: F32) -> None:
+        """The hidden state [rows, hidden] enters `layer`: ask for what it says is needed next."""
+        self._release_current()
+        if not self._guided or self._guidance is None:
+            return
+        while self._next <= min(layer + self._guidance.lookahead, self._layers - 1):
+            self._request_guided(hidden)
+        self._pump()
+
+    def block(self, site: Site) -> Block | None:
+        """The staged part of a site of the current layer, waiting for it; None: nothing staged."""
+        if self._arrived_layer != site.layer:
+            self._current = self._take(site.layer)
+            self._arrived_layer = site.layer
+        assert self._current is not None, "a layer is taken before its blocks are asked for"
+        return self._current.blocks.get(site.site)
+
+    def leave(self, layer: int) -> None:
+        """The layer's FFN is computed: its buffer is free."""
+        if self._arrived_layer != layer:
+            self.block(self.model.find(Role.FFN, layer))
+        self._release_current()
+        self._pump()
+
+    def head_slices(self) -> Iterator[tuple[U32, U16]]:
+        """The staged rows of the output head, slice by slice: (row numbers, values [n, hidden])."""
+        for step in self._steps[self._layers :]:
+            arrival = self._take(step.number)
+            block = arrival.blocks[self.head.site]
+            yield block.units, block.values
+            arrival.finish()
+            self._pump()
+
+    def abandon(self) -> None:
+        """Forget a pass that was broken off, so that the next one starts clean."""
+        self._drop()
+
+    def close(self) -> None:
+        self._release_current()
+        self._prefetcher.close()
+
+    # ---- units by name -----------------------------------------------------------------------
+
+    def embedding_rows(self, rows: U32) -> Iterator[tuple[U32, U16]]:
+        """Rows of the embedding, ascending and unique, in parts: (rows, values [n, hidden])."""
+        site = self.model.find(Role.EMBED)
+        entry = self.resident[site.site]
+        here = rows[entry.position[rows] >= 0]
+        if here.size:
+            yield here, entry.values[entry.position[here]]
+        away = rows[entry.position[rows] < 0]
+        for part in self._fetchable(site, away):
+            yield part, self._fetch(site, part)
+
+    def missed_parts(self, site: Site, have: Block | None) -> Iterator[tuple[U32, U16]]:
+        """Stage late, part by part, the units that are neither resident nor in `have`."""
+        lacking = self.resident[site.site].position < 0
+        if have is not None:
+            lacking[have.units] = False
+        for part in self._fetchable(site, np.flatnonzero(lacking).astype(np.uint32)):
+            self.tally.late_units += part.size
+            yield part, self._fetch(site, part)
+
+    def _fetchable(self, site: Site, units: U32) -> Iterator[U32]:
+        """`units` in parts that the fetch buffer holds."""
+        most = self.plan.fetch_buffer_bytes // site.unit_bytes
+        for start in range(0, units.size, most):
+            yield units[start : start + most]
+
+    def _fetch(self, site: Site, units: U32) -> U16:
+        self._fetcher.fetch(site, units, self._fetch_buffer)
+        values = self._fetch_buffer.array[: units.size * site.unit_bytes]
+        return values.view(np.uint16).reshape(units.size, site.rows * site.cols)
+
+    # ---- requests ----------------------------------------------------------------------------
+
+    @property
+    def guided(self) -> bool:
+        """Whether the running pass lets the program choose."""
+        return self._guided
+
+    def _pump(self) -> None:
+        """Request what is known to be needed, as far ahead as the window allows."""
+        while self._prefetcher.outstanding < self._ahead and self._may_request():
+            self._prefetcher.request(self._steps[self._next], token=self.tokens_seen)
+            self._next += 1
+            if self._next == len(self._steps) and self.quality.exact:
+                self._next = 0
+
+    def _may_request(self) -> bool:
+        if self._next == len(self._steps):
+            return False
+        return not self._guided or self._next >= self._layers
+
+    def _request_guided(self, hidden: F32) -> None:
+        assert self._guidance is not None
+        self._prefetcher.request(
+            self._steps[self._next],
+            program=self._guidance.program,
+            keep=self.quality.kept,
+            hidden=hidden,
+            token=self.tokens_seen,
+        )
+        self._next += 1
+
+    def _take(self, number: int) -> Arrival:
+        if self._prefetcher.next_number is None:
+            self._pump()
+        assert self._prefetcher.next_number == number, (
+            f"step {number} is needed, step {self._prefetcher.next_number} is on its way"
+        )
+        started_ns = self._now_ns()
+        arrival = self._prefetcher.take()
+        self.tally.wait_ns += self._now_ns() - started_ns
+        return arrival
+
+    def _release_current(self) -> None:
+        if self._current is not None:
+            self._current.finish()
+        self._current, self._arrived_layer = None, -1
+
+    def _drop(self) -> None:
+        self._release_current()
+        self._prefetcher.drain()
+        self._next = 0
+
+
+def _steps_of(
+    model: PackedModel, plan: Plan, resident: dict[int, ResidentSite], head: Site
+) -> list[Step]:
+    """One step a layer, then one a slice of the head rows that are not resident."""
+    steps = []
+    for layer in range(model.layer_count):
+        sites = [site for site in model.sites if site.layer == layer and site.role is not Role.NORMS]
+        wanted = tuple(
+            Wanted(site, predictable=site.role is Role.FFN)
+            for site in sites
+            if resident[site.site].missing.size or site.role is Role.FFN
+        )
+        steps.append(Step(layer, wanted, _missing_bytes(wanted, resident)))
+    rows = resident[head.site].missing
+    rows_in_slice = max(1, plan.buffer_bytes // head.unit_bytes)
+    for start in range(0, rows.size, rows_in_slice):
+        part = rows[start : start + rows_in_slice]
+        wanted = (Wanted(head, units=part),)
+        steps.append(Step(len(steps), wanted, part.size * head.unit_bytes))
+    return steps
+
+
+def _missing_bytes(wanted: tuple[Wanted, ...], resident: dict[int, ResidentSite]) -> int:
+    return sum(entry.site.unit_bytes * resident[entry.site.site].missing.size for entry in wanted)
+
+
+def _steps_ahead(window_bytes: int, steps: list[Step]) -> int:
+    """How many steps may lie in the window at once. Raises WindowTooSmall when not even one."""
+    largest = max(step.bytes_max for step in steps)
+    if largest > window_bytes:
+        raise WindowTooSmall(
+            f"one layer needs {format_size(largest)} of the drive's window at a time; it has "
+            f"{format_size(window_bytes)}. Enlarge the window or the DRAM budget"
+        )
+    return max(1, min(STEPS_AHEAD_MAX, window_bytes // max(1, largest)))

@@ -1,0 +1,68 @@
+"""Bring named units into host memory now: resident units, embedding rows, what was missed.
+
+The calling thread waits. Reads that can be known ahead go through `prefetch` instead.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from csd_protocol.packed import Site
+from host_client.driver import Drive, StageTarget
+from host_client.io import Buffer, Extent, Reader
+from host_client.runtime.checksums import Checksums
+from host_client.runtime.tally import Tally
+
+U32 = npt.NDArray[np.uint32]
+
+WINDOW_SHARE = 4  # one fetch takes at most this part of the window, so that prefetch goes on
+STAGE_TIMEOUT_S = 60.0
+
+
+class WindowTooSmall(RuntimeError):
+    """The drive's window cannot hold what has to be staged at once."""
+
+
+class Fetcher:
+    """Stages named units of one model and reads them into a buffer."""
+
+    def __init__(
+        self, drive: Drive, model: int, reader: Reader, checksums: Checksums, tally: Tally
+    ) -> None:
+        self._drive = drive
+        self._model = model
+        self._reader = reader
+        self._checksums = checksums
+        self._tally = tally
+
+    def fetch(self, site: Site, units: U32, buffer: Buffer, offset_bytes: int = 0) -> None:
+        """Read `units` [n], ascending, packed into `buffer` from `offset_bytes` on.
+
+        Raises UnitCorrupt, DriveLost, CommandFailed, WindowTooSmall.
+        """
+        for part in self._parts(site, units):
+            self._fetch_part(site, part, buffer, offset_bytes)
+            offset_bytes += part.size * site.unit_bytes
+
+    def _parts(self, site: Site, units: U32) -> Iterator[U32]:
+        most = self._drive.window_bytes // WINDOW_SHARE // site.unit_bytes
+        if most == 0:
+            raise WindowTooSmall(
+                f"one unit of {site.name} has {site.unit_bytes} bytes; a quarter of the drive's "
+                f"window is {self._drive.window_bytes // WINDOW_SHARE}. Enlarge the window"
+            )
+        for start in range(0, units.size, most):
+            yield units[start : start + most]
+
+    def _fetch_part(self, site: Site, units: U32, buffer: Buffer, offset_bytes: int) -> None:
+        target = StageTarget(site=site.site, units=units, ignore_residency=True)
+        staged = self._drive.stage(self._model, [target]).result(STAGE_TIMEOUT_S)
+        lease = staged.sites[0]
+        self._reader.read(
+            [Extent(lease.window_offset, lease.length_bytes, buffer, offset_bytes)]
+        )
+        self._drive.release([lease.lease])
+        values = buffer.array[offset_bytes : offset_bytes + lease.length_bytes]
+        self._checksums.verify(site, units, values.reshape(units.size, site.unit_bytes))
+        self._tally.add_staged(staged)

@@ -1,0 +1,158 @@
+"""One generation, measured: the text, how fast it came, and what host and drive did for it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from host_client.runtime.causal_lm import CsdRuntime
+from host_client.runtime.tally import Tally
+
+NS_PER_S = 1e9
+
+
+class DriveReport(BaseModel):
+    """What the drive did from the first prompt token on; times are its modelled ones."""
+
+    nand_page_reads: int
+    nand_ns: int
+    program_ns: int
+    dram_ns: int
+    link_ns: int
+    queue_ns: int
+    units_staged: int
+    units_from_dram: int
+    commands: int
+
+
+class GenerationReport(BaseModel):
+    """What `csd generate --json` prints. Sizes in bytes, times in seconds unless named otherwise."""
+
+    model: str
+    quality: str
+    predictor: str | None
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    tokens_per_s: float
+    prefill_s: float
+    dram_budget_bytes: int
+    weights_bytes_16bit: int
+    resident_bytes: int
+    kv_cache_bytes_planned: int
+    host_weights_peak_bytes: int
+    host_peak_rss_bytes: int
+    staged_bytes_per_token: float
+    late_units: int
+    host_wait_s: float
+    recall: float | None
+    reader: str
+    drive: DriveReport
+
+
+class TokenClock(BaseStreamer):
+    """Passes tokens on to another streamer, and notes when the first and the last one came."""
+
+    def __init__(
+        self, inner: BaseStreamer | None, now_ns: Callable[[], int], on_first: Callable[[], None]
+    ) -> None:
+        self._inner, self._now_ns, self._on_first = inner, now_ns, on_first
+        self._prompt_seen = False
+        self.times_ns: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self.times_ns.append(self._now_ns())
+            if len(self.times_ns) == 1:
+                self._on_first()
+        self._prompt_seen = True
+        if self._inner is not None:
+            self._inner.put(value)
+
+    def end(self) -> None:
+        if self._inner is not None:
+            self._inner.end()
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.Tensor:
+    """The prompt as int64 [1, tokens]; through the model's chat template unless `raw`."""
+    if raw or not tokenizer.chat_template:
+        encoded: Any = tokenizer(prompt, return_tensors="pt")
+    else:
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    ids: torch.Tensor = encoded["input_ids"]
+    return ids
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    max_new_tokens: int,
+    now_ns: Callable[[], int],
+    streamer: BaseStreamer | None = None,
+) -> GenerationReport:
+    """Generate greedily from `ids` int64 [1, tokens] and say what it took."""
+    runtime: CsdRuntime = model.csd
+    before = runtime.tally.snapshot()
+    marks: list[Tally] = []
+    clock = TokenClock(streamer, now_ns, lambda: marks.append(runtime.tally.snapshot()))
+    started_ns = now_ns()
+    with torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=clock,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    new_ids = [int(token) for token in output[0, ids.shape[1] :]]
+    decode = runtime.tally.since(marks[0])
+    decoded = max(1, len(clock.times_ns) - 1)
+    decode_s = (clock.times_ns[-1] - clock.times_ns[0]) / NS_PER_S
+    whole = runtime.tally.since(before)
+    return GenerationReport(
+        model=runtime.packed.name,
+        quality=str(runtime.engine.quality),
+        predictor=runtime.predictor,
+        text=str(tokenizer.decode(new_ids, skip_special_tokens=True)),
+        token_ids=new_ids,
+        prompt_tokens=ids.shape[1],
+        tokens_per_s=decoded / decode_s if decode_s else 0.0,
+        prefill_s=(clock.times_ns[0] - started_ns) / NS_PER_S,
+        dram_budget_bytes=runtime.plan.budget_bytes,
+        weights_bytes_16bit=runtime.plan.weights_bytes,
+        resident_bytes=runtime.plan.resident_bytes,
+        kv_cache_bytes_planned=runtime.plan.kv_bytes,
+        host_weights_peak_bytes=runtime.weights_bytes,
+        host_peak_rss_bytes=peak_rss_bytes(),
+        staged_bytes_per_token=decode.staged_bytes / decoded,
+        late_units=whole.late_units,
+        host_wait_s=whole.wait_ns / NS_PER_S,
+        recall=whole.recall,
+        reader=runtime.reader.name,
+        drive=_drive_report(whole),
+    )
+
+
+def _drive_report(tally: Tally) -> DriveReport:
+    fields = {name: getattr(tally, name) for name in DriveReport.model_fields}
+    return DriveReport(**fields)
+
+
+def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """The most memory this process ever had resident, as the kernel counts it (VmHWM)."""
+    for line in status.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{status} has no VmHWM line")

@@ -1,0 +1,180 @@
+"""Modules that take the place of a transformers model's own and compute on units.
+
+Each asks the engine for the staged part of its site and computes on the resident and the staged
+part one after the other, 16-bit weights as they lie, in float32. None of them has parameters of its
+own.
+"""
+
+from collections.abc import Callable
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from csd_protocol.packed import Role, Site
+from host_client.runtime import kernels
+from host_client.runtime.engine import Engine
+from host_client.runtime.prefetch import Block
+
+U16 = npt.NDArray[np.uint16]
+U32 = npt.NDArray[np.uint32]
+F32 = npt.NDArray[np.float32]
+
+# layer, units [n], activity float32 [tokens, n]: |silu(gate) * up|; called once a part of a layer
+Observer = Callable[[int, U32, F32], None]
+Auditor = Callable[[Site, F32, Block], None]  # an FFN's site, its true input, what was staged
+
+
+def _flat(x: torch.Tensor) -> F32:
+    """[..., columns] as a contiguous float32 array [rows, columns]."""
+    flat = x.detach().to(torch.float32).reshape(-1, x.shape[-1]).contiguous()
+    return flat.numpy()
+
+
+def _like(x: torch.Tensor, values: F32) -> torch.Tensor:
+    """[rows, columns] in the leading shape and the type of `x`."""
+    return torch.from_numpy(values).reshape(*x.shape[:-1], values.shape[-1]).to(x.dtype)
+
+
+class StagedEmbedding(nn.Module):
+    """Token rows of the embedding. ids [batch, tokens] -> float32 [batch, tokens, hidden]."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self._engine = engine
+        self._site = engine.model.find(Role.EMBED)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        engine = self._engine
+        engine.begin(ids.numel())
+        flat = ids.reshape(-1).numpy().astype(np.uint32)
+        rows, where = np.unique(flat, return_inverse=True)
+        table = np.empty((rows.size, self._site.cols), np.float32)
+        for part, values in engine.embedding_rows(rows):
+            widened = np.empty((part.size, self._site.cols), np.float32)
+            kernels.widen_rows(values, None, widened, engine.bf16)
+            table[np.searchsorted(rows, part)] = widened
+        return torch.from_numpy(table[where.reshape(-1)]).reshape(*ids.shape, self._site.cols)
+
+
+class Projection(Enum):
+    QUERY = "q_proj"
+    KEY = "k_proj"
+    VALUE = "v_proj"
+    OUTPUT = "o_proj"
+
+
+class StagedProjection(nn.Module):
+    """One of an attention's projections, resident or staged. [..., in] -> [..., out]."""
+
+    def __init__(self, engine: Engine, layer: int, projection: Projection) -> None:
+        super().__init__()
+        role = Role.KV if projection in (Projection.KEY, Projection.VALUE) else Role.HEADS
+        self._engine, self._projection = engine, projection
+        self._site = engine.model.find(role, layer)
+        self._half = self._site.rows // 2  # query rows, then output columns; or keys, then values
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        units = self._units()  # [count, rows, columns]
+        flat = _flat(x)
+        match self._projection:
+            case Projection.QUERY:
+                return _like(x, self._dot(flat, units[:, : self._half]))
+            case Projection.KEY:
+                return _like(x, self._dot(flat, units[:, : self._half]))
+            case Projection.VALUE:
+                return _like(x, self._dot(flat, units[:, self._half :]))
+            case Projection.OUTPUT:
+                return _like(x, self._axpy(flat, units[:, self._half :]))
+
+    def _units(self) -> U16:
+        """All units of the site, taken whole: they are resident or staged together."""
+        entry = self._engine.resident[self._site.site]
+        values = entry.values
+        if entry.missing.size:
+            block = self._engine.block(self._site)
+            assert block is not None and block.units.size == self._site.count
+            values = block.values
+        return values.reshape(self._site.count, self._site.rows, self._site.cols)
+
+    def _dot(self, x: F32, weights: U16) -> F32:
+        out = np.empty((weights.shape[0], x.shape[0], self._half), np.float32)
+        for group in range(weights.shape[0]):
+            kernels.rows_dot(x, weights[group], None, out[group], self._engine.bf16)
+        return np.ascontiguousarray(out.transpose(1, 0, 2)).reshape(x.shape[0], -1)
+
+    def _axpy(self, x: F32, weights: U16) -> F32:
+        out = np.zeros((x.shape[0], weights.shape[2]), np.float32)
+        for group in range(weights.shape[0]):
+            part = np.ascontiguousarray(x[:, group * self._half : (group + 1) * self._half])
+            kernels.rows_axpy(part, weights[group], None, out, self._engine.bf16)
+        return out
+
+
+class StagedFfn(nn.Module):
+    """A SwiGLU FFN on resident and staged neurons. [..., hidden] -> [..., hidden]."""
+
+    def __init__(self, engine: Engine, layer: int) -> None:
+        super().__init__()
+        self._engine, self._layer = engine, layer
+        self._site = engine.model.find(Role.FFN, layer)
+        self.observer: Observer | None = None
+        self.auditor: Auditor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        engine, flat = self._engine, _flat(x)
+        block = engine.block(self._site)
+        out = np.zeros_like(flat)
+        self._add_resident(flat, out, block)
+        if block is not None and block.units.size:
+            self._add(flat, out, block.units, block.values)
+        if not engine.guided:
+            for units, values in engine.missed_parts(self._site, block):
+                self._add(flat, out, units, values)
+        elif self.auditor is not None and block is not None:
+            self.auditor(self._site, flat, block)
+        engine.leave(self._layer)
+        return _like(x, out)
+
+    def _add_resident(self, x: F32, out: F32, block: Block | None) -> None:
+        """All resident neurons, or, where prediction chose, those of its choice."""
+        entry = self._engine.resident[self._site.site]
+        if not entry.units.size:
+            return
+        if block is None or block.predicted is None:
+            self._add(x, out, entry.units, entry.values)
+            return
+        rows = entry.rows_of(block.predicted)
+        kernels.neurons(x, entry.values, rows, out, self._engine.bf16)
+
+    def _add(self, x: F32, out: F32, units: U32, values: U16) -> None:
+        activity = np.empty((x.shape[0], units.size), np.float32) if self.observer else None
+        kernels.neurons(x, values, None, out, self._engine.bf16, activity)
+        if self.observer is not None and activity is not None:
+            self.observer(self._layer, units, activity)
+
+
+class StagedHead(nn.Module):
+    """The output head: resident rows, then the others in slices. [..., hidden] -> [..., vocab]."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self._engine = engine
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        engine, flat = self._engine, _flat(x)
+        entry = engine.resident[engine.head.site]
+        logits = np.empty((flat.shape[0], engine.head.count), np.float32)
+        if entry.units.size:
+            self._fill(flat, entry.units, entry.values, logits)
+        for units, values in engine.head_slices():
+            self._fill(flat, units, values, logits)
+        return torch.from_numpy(logits).reshape(*x.shape[:-1], engine.head.count)
+
+    def _fill(self, x: F32, units: U32, values: U16, logits: F32) -> None:
+        """Rows of the head are kept in order, so each part fills one run of columns."""
+        part = np.empty((x.shape[0], units.size), np.float32)
+        kernels.rows_dot(x, values, None, part, self._engine.bf16)
+        logits[:, units[0] : units[-1] + 1] = part

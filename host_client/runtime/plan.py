@@ -1,0 +1,207 @@
+"""The memory plan: given a budget, what is resident, what is staged, what streams.
+
+The budget covers everything of the model that lies in host memory: resident units, staging buffers,
+the KV cache at its full context, the table of checksums and a small buffer for units fetched by name. What
+remains for weights is given out in the order of what a token needs surely: key and value
+projections, heads, the output head's rows, and last FFN neurons, hottest first, the same number in
+each layer so that one pair of buffers serves all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from csd_protocol.packed import PackedModel, Role, Site
+from csd_protocol.units import format_size, parse_size
+
+BUFFERS = 2  # one layer is read while another computes
+KV_VALUE_BYTES = 4  # float32, as the attention computes
+FETCH_ROWS, FETCH_NEURONS = 64, 128  # what one fetch outside the steps brings at most
+HEAD_SLICE_BYTES_MIN = 1 << 20
+_ALIGN = 64  # of each site's part of a staging buffer
+
+
+class BudgetTooSmall(ValueError):
+    """No plan fits the budget. `smallest_bytes` is the least that would do."""
+
+    def __init__(self, budget_bytes: int, smallest_bytes: int, why: str) -> None:
+        self.budget_bytes = budget_bytes
+        self.smallest_bytes = smallest_bytes
+        super().__init__(
+            f"a budget of {format_size(budget_bytes)} cannot work: {why} take at least "
+            f"{format_size(smallest_bytes)} ({smallest_bytes} bytes). "
+            f"Raise --dram to that, or lower --context"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run holds in host memory. Sizes in bytes, counts in units."""
+
+    budget_bytes: int
+    context: int  # tokens that the KV cache may grow to
+    kv_bytes: int
+    table_bytes: int  # checksums and unit indexes
+    fetch_buffer_bytes: int
+    buffer_bytes: int  # of each of BUFFERS staging buffers
+    resident_units: dict[int, int] = field(default_factory=dict)  # site -> units kept
+    resident_bytes: int = 0
+    staged_bytes_per_token: int = 0  # exact quality
+    weights_bytes: int = 0  # the whole model at 16 bits
+
+    @property
+    def total_bytes(self) -> int:
+        return (
+            self.resident_bytes
+            + BUFFERS * self.buffer_bytes
+            + self.fetch_buffer_bytes
+            + self.table_bytes
+            + self.kv_bytes
+        )
+
+    def keeps_all(self, site: Site) -> bool:
+        return self.resident_units[site.site] == site.count
+
+
+def parse_budget(text: str | int, model: PackedModel) -> int:
+    """Bytes from a size (`5GiB`) or from a share of the model's 16-bit weights (`45%`)."""
+    if isinstance(text, str) and text.strip().endswith("%"):
+        try:
+            share = float(text.strip()[:-1])
+        except ValueError:
+            raise ValueError(f"{text!r} is not a share: write a number and %") from None
+        return int(model.weights_bytes * share / 100)
+    return parse_size(text)
+
+
+def kv_bytes_per_token(model: PackedModel) -> int:
+    """Keys and values of one position in all layers, float32."""
+    kv = model.find(Role.KV, 0)
+    return model.layer_count * kv.rows * KV_VALUE_BYTES
+
+
+def head_site(model: PackedModel) -> Site:
+    """The rows that the output head multiplies with: its own, or the embedding's when tied."""
+    try:
+        return model.find(Role.LM_HEAD)
+    except KeyError:
+        return model.find(Role.EMBED)
+
+
+class _Draft:
+    """A plan in the making: residency so far, and what it adds up to."""
+
+    def __init__(self, model: PackedModel, context: int) -> None:
+        self.model = model
+        self.head = head_site(model)
+        self.sites_of_layer = [
+            [site for site in model.sites if site.layer == layer]
+            for layer in range(model.layer_count)
+        ]
+        self.resident = {site.site: 0 for site in model.sites}
+        for site in model.sites:
+            if site.role in (Role.NORMS, Role.FINAL_NORM):
+                self.resident[site.site] = site.count
+        self.kv_bytes = context * kv_bytes_per_token(model)
+        self.table_bytes = model.crc_table.length_bytes + 4 * sum(
+            site.count for site in model.sites if site.role is Role.FFN
+        )
+        self.fetch_buffer_bytes = max(
+            FETCH_ROWS * model.find(Role.EMBED).unit_bytes,
+            FETCH_NEURONS * model.find(Role.FFN, 0).unit_bytes,
+        )
+
+    def missing_bytes(self, site: Site) -> int:
+        return (site.count - self.resident[site.site]) * site.unit_bytes
+
+    def layer_bytes(self, layer: int) -> int:
+        """What one staging of this layer puts into a buffer, each site aligned."""
+        sizes = (self.missing_bytes(site) for site in self.sites_of_layer[layer])
+        return sum(-(-size // _ALIGN) * _ALIGN for size in sizes)
+
+    def buffer_bytes(self) -> int:
+        layers = max(self.layer_bytes(layer) for layer in range(self.model.layer_count))
+        return max(layers, min(HEAD_SLICE_BYTES_MIN, self.missing_bytes(self.head)))
+
+    def resident_bytes(self) -> int:
+        return sum(self.resident[site.site] * site.unit_bytes for site in self.model.sites)
+
+    def staged_bytes(self) -> int:
+        layers = sum(
+            self.missing_bytes(site) for sites in self.sites_of_layer for site in sites
+        )
+        return layers + self.missing_bytes(self.head)
+
+    def total_bytes(self) -> int:
+        return (
+            self.resident_bytes()
+            + BUFFERS * self.buffer_bytes()
+            + self.fetch_buffer_bytes
+            + self.table_bytes
+            + self.kv_bytes
+        )
+
+    def grow(self, keep: Callable[[int], None], most: int, budget_bytes: int) -> None:
+        """`keep` the greatest number up to `most` that the budget allows.
+
+        All of them is tried first: then a part of the buffers falls away, and the sum with it.
+        """
+        keep(most)
+        if self.total_bytes() <= budget_bytes:
+            return
+        low, high = 0, most - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            keep(middle)
+            if self.total_bytes() <= budget_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        keep(low)
+
+    def keep_layers_of(self, role: Role) -> Callable[[int], None]:
+        def keep(layers: int) -> None:
+            for layer in range(self.model.layer_count):
+                site = self.model.find(role, layer)
+                self.resident[site.site] = site.count if layer < layers else 0
+
+        return keep
+
+    def keep_units(self, sites: list[Site]) -> Callable[[int], None]:
+        def keep(count: int) -> None:
+            for site in sites:
+                self.resident[site.site] = min(count, site.count)
+
+        return keep
+
+
+def make_plan(model: PackedModel, budget_bytes: int, context: int) -> Plan:
+    """The plan that stages least within `budget_bytes`. Raises BudgetTooSmall."""
+    draft = _Draft(model, context)
+    if draft.total_bytes() > budget_bytes:
+        raise BudgetTooSmall(
+            budget_bytes,
+            draft.total_bytes(),
+            f"the KV cache of {context} tokens ({format_size(draft.kv_bytes)}), two staging "
+            f"buffers ({format_size(BUFFERS * draft.buffer_bytes())}) and norms and tables",
+        )
+    layers = model.layer_count
+    neurons = [model.find(Role.FFN, layer) for layer in range(layers)]
+    draft.grow(draft.keep_layers_of(Role.KV), layers, budget_bytes)
+    draft.grow(draft.keep_layers_of(Role.HEADS), layers, budget_bytes)
+    draft.grow(draft.keep_units([draft.head]), draft.head.count, budget_bytes)
+    draft.grow(draft.keep_units(neurons), max(site.count for site in neurons), budget_bytes)
+    embed = model.find(Role.EMBED)
+    if embed is not draft.head:
+        draft.grow(draft.keep_units([embed]), embed.count, budget_bytes)
+    return Plan(
+        budget_bytes=budget_bytes,
+        context=context,
+        kv_bytes=draft.kv_bytes,
+        table_bytes=draft.table_bytes,
+        fetch_buffer_bytes=draft.fetch_buffer_bytes,
+        buffer_bytes=draft.buffer_bytes(),
+        resident_units=draft.resident,
+        resident_bytes=draft.resident_bytes(),
+        staged_bytes_per_token=draft.staged_bytes(),
+        weights_bytes=model.weights_bytes,
+    )

@@ -1,0 +1,55 @@
+"""What a run staged and what the drive said it cost: plain sums, read by reports."""
+
+from dataclasses import asdict, dataclass
+
+from host_client.driver import Staged
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums since the last `reset`. Times in ns are the drive's modelled ones."""
+
+    commands: int = 0
+    units_staged: int = 0
+    units_from_dram: int = 0
+    staged_bytes: int = 0
+    nand_page_reads: int = 0
+    queue_ns: int = 0
+    program_ns: int = 0
+    nand_ns: int = 0
+    dram_ns: int = 0
+    link_ns: int = 0
+    predicted_units: int = 0
+    late_units: int = 0  # staged after the true input showed that they were missing
+    wanted_units: int = 0  # audited: what the true input wanted
+    wanted_in_time: int = 0  # audited: of those, what prediction had chosen
+    wait_ns: int = 0  # host: compute waited for staged units
+
+    def add_staged(self, staged: Staged) -> None:
+        self.commands += 1
+        for site in staged.sites:
+            self.units_staged += site.unit_count
+            self.units_from_dram += site.units_from_dram
+            self.staged_bytes += site.length_bytes
+            self.nand_page_reads += site.nand_page_reads
+            if site.predicted is not None:
+                self.predicted_units += int(site.predicted.size)
+        timing = staged.timing
+        self.queue_ns += timing.queue_ns
+        self.program_ns += timing.program_ns
+        self.nand_ns += timing.nand_ns
+        self.dram_ns += timing.dram_ns
+        self.link_ns += timing.link_ns
+
+    @property
+    def recall(self) -> float | None:
+        """Of the units that the true FFN input wanted, the share chosen in time. None: no audit."""
+        return self.wanted_in_time / self.wanted_units if self.wanted_units else None
+
+    def snapshot(self) -> "Tally":
+        return Tally(**asdict(self))
+
+    def since(self, earlier: "Tally") -> "Tally":
+        """What was added after `earlier` was taken."""
+        before = asdict(earlier)
+        return Tally(**{name: value - before[name] for name, value in asdict(self).items()})

@@ -1,9 +1,9 @@
 """Reading the drive's window into host memory: buffers, extents, readers."""
 
-from host_client.io.buffers import Buffer, BufferPool
+from host_client.io.buffers import Buffer
 from host_client.io.errors import (
-    BuffersExhausted,
     EndOfFile,
+    ReaderError,
     ReaderUnavailable,
     ReadFailed,
     WindowMissing,
@@ -13,12 +13,11 @@ from host_client.io.reader import Extent, Reader, Ticket
 
 __all__ = [
     "Buffer",
-    "BufferPool",
-    "BuffersExhausted",
     "EndOfFile",
     "Extent",
     "ReadFailed",
     "Reader",
+    "ReaderError",
     "ReaderUnavailable",
     "Ticket",
     "WindowMissing",

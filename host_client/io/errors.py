@@ -4,7 +4,11 @@ import os
 from pathlib import Path
 
 
-class ReadFailed(Exception):
+class ReaderError(Exception):
+    """What every error of a reader is."""
+
+
+class ReadFailed(ReaderError):
     """A read that the kernel refused."""
 
     def __init__(self, path: Path, offset: int, length: int, errno: int) -> None:
@@ -14,7 +18,7 @@ class ReadFailed(Exception):
         )
 
 
-class EndOfFile(Exception):
+class EndOfFile(ReaderError):
     """A read that reached beyond the file's last byte."""
 
     def __init__(self, path: Path, offset: int, length: int, file_bytes: int) -> None:
@@ -25,7 +29,7 @@ class EndOfFile(Exception):
         )
 
 
-class WindowMissing(Exception):
+class WindowMissing(ReaderError):
     """The drive's window cannot be opened from this host."""
 
     def __init__(self, path: Path, errno: int) -> None:
@@ -37,17 +41,5 @@ class WindowMissing(Exception):
         )
 
 
-class ReaderUnavailable(Exception):
+class ReaderUnavailable(ReaderError):
     """The kind of reader that was asked for cannot work here; the message says why."""
-
-
-class BuffersExhausted(Exception):
-    """A buffer pool's budget does not allow another buffer."""
-
-    def __init__(self, asked_bytes: int, in_use_bytes: int, budget_bytes: int) -> None:
-        self.asked_bytes = asked_bytes
-        self.in_use_bytes, self.budget_bytes = in_use_bytes, budget_bytes
-        super().__init__(
-            f"no room for a buffer of {asked_bytes} bytes: {in_use_bytes} of "
-            f"{budget_bytes} are in use"
-        )

@@ -58,28 +58,34 @@ class Reader(Protocol):
         """
         ...
 
+    def read(self, extents: Sequence[Extent]) -> None:
+        """`submit` and `wait` in one."""
+        self.wait(self.submit(extents))
+
     def close(self) -> None:
         """Let what is under way finish, and close the file. May be called again."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def check_extents(extents: Sequence[Extent]) -> None:
     """Raises ValueError for negative numbers and for what reaches beyond its buffer."""
     for extent in extents:
-        room = extent.buffer.size_bytes - extent.buffer_offset
+        room = extent.buffer.size - extent.buffer_offset
         if extent.offset < 0 or extent.buffer_offset < 0 or not 0 <= extent.length <= room:
             raise ValueError(
                 f"{extent.length} bytes at file offset {extent.offset} do not fit a buffer of "
-                f"{extent.buffer.size_bytes} at {extent.buffer_offset}"
+                f"{extent.buffer.size} at {extent.buffer_offset}"
             )
 
 

@@ -57,6 +57,7 @@ class Ring:
         self._cqe = liburing.Cqe()
         self._entries = entries
         self._prepared = 0
+        self._slots = np.empty(0, _SQE)
         try:
             liburing.io_uring_queue_init(entries, self._ring)
         except OSError as error:
@@ -99,6 +100,7 @@ class Ring:
 
     def close(self) -> None:
         """Nothing may be under way."""
+        self._slots = np.empty(0, _SQE)  # the mapping holds a descriptor of the ring
         liburing.io_uring_queue_exit(self._ring)
         os.close(self._event)
 

@@ -4,14 +4,12 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from host_client.io.errors import EndOfFile, ReadFailed
-from host_client.io.reader import CHUNK_BYTES, Extent, Ticket, check_extents, chunks_of
+from host_client.io.reader import CHUNK_BYTES, Extent, Reader, Ticket, check_extents, chunks_of
 
 
-class ThreadReader:
+class ThreadReader(Reader):
     """Implements `Reader` with `threads` threads. Owns the descriptor that it is given."""
 
     name = "threads"
@@ -59,19 +57,8 @@ class ThreadReader:
         self._threads.shutdown(wait=True)
         os.close(self._descriptor)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _read(self, chunk: Extent) -> None:
-        memory = chunk.buffer.memory(chunk.buffer_offset, chunk.length)
+        memory = chunk.buffer.array[chunk.buffer_offset : chunk.buffer_offset + chunk.length].data
         done = 0
         while done < chunk.length:
             offset, left = chunk.offset + done, chunk.length - done

@@ -6,11 +6,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from host_client.io.errors import EndOfFile, ReadFailed
-from host_client.io.reader import CHUNK_BYTES, DEPTH, Extent, Ticket, check_extents, chunks_of
+from host_client.io.reader import (
+    CHUNK_BYTES,
+    DEPTH,
+    Extent,
+    Reader,
+    Ticket,
+    check_extents,
+    chunks_of,
+)
 from host_client.io.ring import Arrival, Ring
 
 _AGAIN = {errno.EAGAIN, errno.EINTR}
@@ -35,7 +41,7 @@ class _Chunk:
     retries: int = 0
 
 
-class UringReader:
+class UringReader(Reader):
     """Implements `Reader` with `depth` chunks under way. Owns the descriptor that it is given.
 
     Raises ReaderUnavailable, and leaves the descriptor open, where io_uring cannot be used.
@@ -88,17 +94,6 @@ class UringReader:
             self._advance()
         self._ring.close()
         os.close(self._descriptor)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _advance(self) -> None:
         """Take in what has arrived, at least one completion, and start what waits."""

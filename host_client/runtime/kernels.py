@@ -142,7 +142,7 @@ def _check_floats(name: str, array: F32, shape: tuple[int, ...]) -> None:
 
 def _lanes(picked: I64, weights: U16) -> int:
     """How many pieces to cut the rows into: by their bytes alone, never by the machine."""
-    picked_bytes = picked.shape[0] * weights.shape[1] * 2
+    picked_bytes: int = picked.shape[0] * weights.shape[1] * 2
     return max(1, min(LANES_MAX, picked_bytes // LANE_BYTES))
 
 

@@ -3,9 +3,9 @@
 A program file is a safetensors file whose metadata names the kind; the host writes it (`encode_*`),
 the drive checks and runs it. `docs/PROGRAMS.md` has the tensors of each kind.
 
-Low-bit rows are symmetric: a value is `level * scale`, the level a signed integer of `bits` bits, the
-scale one float16 a group of neighbouring values. A level is stored with its offset added, so as an
-unsigned integer; at 4 bits the value with the even index lies in the low half of its byte.
+Low-bit rows are symmetric: a value is `level * scale`, the level a signed integer of `bits` bits,
+the scale one float16 a group of neighbouring values. A level is stored with its offset added, so as
+an unsigned integer; at 4 bits the value with the even index lies in the low half of its byte.
 """
 
 from collections.abc import Mapping

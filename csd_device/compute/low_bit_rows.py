@@ -1,10 +1,10 @@
 """Dot products with rows of 4- or 8-bit levels, straight from the packed bytes.
 
-A row is never unpacked: at 4 bits the inputs are split into those of even and of odd index once, so
-that one packed byte meets one input of each. The levels stay unsigned in the inner loop; what their
-offset adds is taken off once a group, as offset * scale * (sum of the group's inputs). The inner loop
-runs over the bytes of one group and adds into one accumulator a byte position, which compiles to wide
-vector instructions with no sum across lanes until the row's end.
+A row is never unpacked: at 4 bits the inputs are split once into those of even and those of odd
+index, so that one packed byte meets one input of each. The levels stay unsigned in the inner loop;
+what their offset adds is taken off once a group, as offset * scale * (sum of the group's inputs).
+The inner loop runs over the bytes of one group and adds into one accumulator a byte position, which
+compiles to wide vector instructions with no sum across lanes until the row's end.
 """
 
 from dataclasses import dataclass

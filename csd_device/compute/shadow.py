@@ -67,7 +67,7 @@ class ShadowProgram:
         if hidden.ndim != 2 or hidden.shape[0] == 0 or hidden.shape[1] != weights.norm.size:
             raise CommandError(
                 Status.INVALID_FIELD,
-                f"hidden states {list(hidden.shape)}; the program takes [rows, {weights.norm.size}]",
+                f"hidden states {list(hidden.shape)}; it takes [rows, {weights.norm.size}]",
             )
         inputs = Activations.normed(hidden, weights.norm, self._rms_eps, self._bits, self._group)
         gate = rows_dot(weights.gate, weights.gate_scale, inputs)

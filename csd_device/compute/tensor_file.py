@@ -1,6 +1,6 @@
 """Reading a safetensors file that a host sent: every claim in it is checked before it is used.
 
-The tensors are views of the file's own buffer, so a loaded program costs its file's size and no more.
+The tensors are views of the file's own buffer: a loaded program costs its file's size and no more.
 """
 
 import json
@@ -86,7 +86,8 @@ class TensorFile:
     def _read_entry(self, name: str, value: Any) -> _Entry:
         if not isinstance(value, dict):
             raise invalid(f"tensor {name}: its header entry is not an object")
-        dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
+        dtype = value.get("dtype")
+        shape, offsets = value.get("shape"), value.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise invalid(f"tensor {name}: dtype {dtype!r} is not one of {sorted(_DTYPES)}")
         if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):

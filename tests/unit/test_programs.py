@@ -80,7 +80,8 @@ def expected_scores(hidden: np.ndarray, bits: int) -> np.ndarray:
 def test_shadow_scores_are_the_definition(bits: int, rows: int) -> None:
     hidden = np.random.default_rng(1).standard_normal((rows, HIDDEN)).astype(np.float32)
     scores = loaded(shadow_file(bits)).score(3, hidden)
-    assert scores.dtype == np.float32 and scores.shape == (UNITS,)
+    assert scores.dtype == np.float32
+    assert scores.shape == (UNITS,)
     np.testing.assert_allclose(scores, expected_scores(hidden, bits), rtol=2e-4, atol=1e-4)
 
 
@@ -95,7 +96,9 @@ def test_subnormal_and_zero_scales_are_exact() -> None:
 def test_quantiser_beats_plain_rounding_and_keeps_its_layout() -> None:
     values = np.random.default_rng(3).standard_normal((32, 128)).astype(np.float32)
     packed, scales = quantise_rows(values, 4, 64)
-    assert packed.shape == (32, 64) and scales.shape == (32, 2) and scales.dtype == np.float16
+    assert packed.shape == (32, 64)
+    assert scales.shape == (32, 2)
+    assert scales.dtype == np.float16
     error = np.square(dequantise_rows(packed, scales, 4) - values).mean()
     plain = np.abs(values.reshape(32, 2, 64)).max(-1, keepdims=True) / 7
     rounded = np.rint(values.reshape(32, 2, 64) / plain) * plain
@@ -104,11 +107,12 @@ def test_quantiser_beats_plain_rounding_and_keeps_its_layout() -> None:
 
 def test_low_nibble_comes_first() -> None:
     packed, scales = quantise_rows(np.array([[-8.0, 7.0]], np.float32), 4, 2)
-    assert packed.tolist() == [[0xF0]] and scales.tolist() == [[1.0]]
+    assert packed.tolist() == [[0xF0]]
+    assert scales.tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize(
-    ("values", "bits", "group"),
+    "values, bits, group",
     [
         (np.zeros((1, 64)), 3, 64),
         (np.zeros((1, 64)), 4, 48),
@@ -120,22 +124,24 @@ def test_low_nibble_comes_first() -> None:
     ],
 )
 def test_quantiser_refuses(values: np.ndarray, bits: int, group: int) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         quantise_rows(values, bits, group)
 
 
 def test_frequency_scores_are_its_counts() -> None:
     program = loaded(encode_frequency("m", {0: np.array([3, 1, 2]), 2: np.array([9.0])}))
-    assert program.layers == (0, 2) and program.unit_count(2) == 1 and program.model == "m"
+    assert program.layers == (0, 2)
+    assert program.unit_count(2) == 1
+    assert program.model == "m"
     assert program.score(0, np.zeros((1, 4), np.float32)).tolist() == [3, 1, 2]
 
 
 def test_unknown_layer_and_width_name_what_there_is() -> None:
     program = loaded(shadow_file())
-    with pytest.raises(CommandError, match="layers: 3 to 3") as caught:
+    with pytest.raises(CommandError, match=r"layers: 3 to 3") as caught:
         program.score(4, np.zeros((1, HIDDEN), np.float32))
     assert caught.value.status is Status.INVALID_FIELD
-    with pytest.raises(CommandError, match=f"takes \\[rows, {HIDDEN}\\]"):
+    with pytest.raises(CommandError, match=rf"takes \[rows, {HIDDEN}\]"):
         program.score(3, np.zeros((1, HIDDEN + 1), np.float32))
 
 
@@ -148,7 +154,7 @@ def test_cost_is_the_slower_of_arithmetic_and_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "status"),
+    "key, value, status",
     [
         ("csd.program", "oracle", Status.INVALID_PROGRAM_TYPE),
         ("csd.version", "2", Status.INVALID_PROGRAM_TYPE),
@@ -167,7 +173,7 @@ def test_metadata_is_checked(key: str, value: str, status: Status) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor"),
+    "name, tensor",
     [
         ("gate__3", np.zeros((UNITS, HIDDEN // 2 - 1), np.uint8)),
         ("gate__3", np.zeros((UNITS, HIDDEN // 2), np.float32)),
@@ -180,7 +186,8 @@ def test_metadata_is_checked(key: str, value: str, status: Status) -> None:
 )
 def test_tensors_are_checked(name: str, tensor: np.ndarray) -> None:
     error = refused(rebuilt(shadow_file(), **{name: tensor}))
-    assert error.status is Status.INVALID_PROGRAM_DATA and name.replace("__", ".") in error.detail
+    assert error.status is Status.INVALID_PROGRAM_DATA
+    assert name.replace("__", ".") in error.detail
 
 
 def set_entry(key: str, value: object):

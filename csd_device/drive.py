@@ -1,0 +1,176 @@
+"""Puts the rooms together: a drive that is usable in-process, with no network.
+
+drive = Drive.open(load_config("tiny"), Path("drive.csd"), clock=VirtualClock(),
+                   time_mode=TimeMode.VIRTUAL, window_path=None)
+queue = drive.connect("host name", "host id", queue_depth=0)      # -> QueuePair
+queue.submit(cid, command, drive.clock.now_ns())
+completions = queue.pop_due(drive.clock.now_ns())                 # see queue.next_due_ns()
+queue.close()
+drive.close()
+"""
+
+import hashlib
+from itertools import count
+from pathlib import Path
+
+from csd_device.clock import Clock, TimeMode
+from csd_device.config import DriveConfig
+from csd_device.dram import Arena, UnitCache, Window
+from csd_device.errors import CommandError
+from csd_device.firmware import Controller, QueuePair
+from csd_device.firmware.dispatch import note_failure
+from csd_device.firmware.features import Features
+from csd_device.firmware.hosts import HostTable
+from csd_device.firmware.memory_ranges import UNIT_CACHE, WINDOW
+from csd_device.firmware.modelled_time import DriveTime
+from csd_device.firmware.models import ModelCatalog
+from csd_device.firmware.programs import ProgramStore
+from csd_device.firmware.staging import Stager
+from csd_device.ftl import Ftl
+from csd_device.nand import Timeline
+from csd_protocol.status import Status
+
+SHARED_MEMORY = Path("/dev/shm")
+_MAPPING = "mapping"
+_PROGRAMS_FOLDER = "programs"
+
+
+class Drive:
+    """An open drive; one at a time for each media folder."""
+
+    def __init__(self, controller: Controller) -> None:
+        """Use `Drive.open`."""
+        self._controller = controller
+        self._queues: dict[int, QueuePair] = {}
+        self._queue_ids = count(1)
+
+    @classmethod
+    def open(
+        cls,
+        config: DriveConfig,
+        media_path: Path,
+        *,
+        clock: Clock,
+        time_mode: TimeMode,
+        window_path: Path | None = None,
+    ) -> "Drive":
+        """Opens the media folder, made when it is not there, and the window.
+
+        Without `window_path` the window lies on /dev/shm, named after the media's full path.
+        Raises DriveRefused for media of another geometry or version, media or a window in use, and
+        shared memory too small for the window.
+        """
+        ftl = Ftl.open(media_path, config)
+        try:
+            serial = _serial(media_path)
+            path = window_path or SHARED_MEMORY / f"csd-window-{serial}"
+            window = Window(path, config.dram.window_bytes)
+        except BaseException:
+            ftl.close()
+            raise
+        return cls(_assemble(config, media_path, serial, clock, time_mode, ftl, window))
+
+    @property
+    def clock(self) -> Clock:
+        return self._controller.clock
+
+    @property
+    def time_mode(self) -> TimeMode:
+        return self._controller.time_mode
+
+    @property
+    def config(self) -> DriveConfig:
+        return self._controller.config
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Size of the namespace."""
+        return self._controller.config.capacity_bytes
+
+    @property
+    def mdts_bytes(self) -> int:
+        """Most data that one command moves over the link."""
+        return self._controller.config.queues.mdts_bytes
+
+    @property
+    def window_path(self) -> Path:
+        return self._controller.window_path
+
+    @property
+    def window_bytes(self) -> int:
+        return self._controller.window_bytes
+
+    def connect(self, host_name: str, host_id: str, queue_depth: int = 0) -> QueuePair:
+        """A new queue pair. `queue_depth` 0 is the most that there is, as is anything above.
+
+        Raises CommandError: Invalid Field without a host identifier, Submission Queue Full when the
+        drive has no queue pair left.
+        """
+        queues = self._controller.config.queues
+        if not host_id or queue_depth < 0:
+            raise CommandError(
+                Status.INVALID_FIELD, f"host identifier {host_id!r}, queue depth {queue_depth}"
+            )
+        self._forget_closed()
+        if len(self._queues) >= queues.max_queues:
+            raise CommandError(
+                Status.QUEUE_FULL, f"all {queues.max_queues} queue pairs of the drive are open"
+            )
+        depth = min(queue_depth or queues.max_depth, queues.max_depth)
+        host = self._controller.hosts.attach(host_id, host_name)
+        queue = QueuePair(self._controller, host, next(self._queue_ids), depth)
+        self._queues[queue.queue_id] = queue
+        return queue
+
+    def close(self) -> None:
+        """Closes all queue pairs, makes what was written last, and gives media and window back."""
+        for queue in self._queues.values():
+            queue.close()
+        self._queues.clear()
+        self._controller.stager.window.close()
+        self._controller.ftl.flush()
+        self._controller.ftl.close()
+
+    def _forget_closed(self) -> None:
+        closed = [number for number, queue in self._queues.items() if queue.is_closed]
+        for number in closed:
+            del self._queues[number]
+
+
+def _assemble(
+    config: DriveConfig,
+    media_path: Path,
+    serial: str,
+    clock: Clock,
+    time_mode: TimeMode,
+    ftl: Ftl,
+    window: Window,
+) -> Controller:
+    arena = Arena(config.dram.total_bytes)
+    arena.allot(_MAPPING, ftl.mapping_bytes)
+    arena.allot(WINDOW, config.dram.window_bytes)
+    arena.allot(UNIT_CACHE, config.dram.unit_cache_bytes)
+    stager = Stager(ftl, window, UnitCache(config.dram.unit_cache_bytes))
+    timeline = Timeline(config.geometry, config.timing)
+    controller = Controller(
+        config=config,
+        serial=serial,
+        clock=clock,
+        time_mode=time_mode,
+        time=None if time_mode is TimeMode.OFF else DriveTime(config, timeline),
+        ftl=ftl,
+        arena=arena,
+        stager=stager,
+        models=ModelCatalog(ftl, arena, lambda model: stager.cache.drop_model(model)),
+        programs=ProgramStore(media_path / _PROGRAMS_FOLDER, arena),
+        hosts=HostTable(arena),
+        features=Features(config.queues),
+    )
+    for error in controller.programs.refused:
+        note_failure(controller, error, queue=0, cid=0, command="open", at_ns=clock.now_ns())
+    return controller
+
+
+def _serial(media_path: Path) -> str:
+    """Sixteen hexadecimal digits that stay with the place of the media."""
+    return hashlib.sha256(str(media_path.resolve()).encode()).hexdigest()[:16].upper()

@@ -1,0 +1,89 @@
+"""Compute commands: run a program, stage what it chose, release it, and what the host holds."""
+
+from csd_device.errors import CommandError
+from csd_device.firmware.commands import (
+    ExecuteProgram,
+    ExecuteResult,
+    HostResidency,
+    PredictAndStage,
+    Release,
+    Stage,
+    StageResult,
+    Target,
+)
+from csd_device.firmware.context import Context
+from csd_device.firmware.models import LoadedModel, SiteRecord
+from csd_device.firmware.prediction import Prediction
+from csd_protocol.status import Status
+
+
+def handle_execute_program(context: Context, command: ExecuteProgram) -> ExecuteResult:
+    """The top fraction of one layer's FFN units, nothing staged."""
+    if not 0 <= command.keep <= 1:
+        raise CommandError(Status.INVALID_FIELD, f"a kept fraction of {command.keep}")
+    model = context.controller.models.get(command.model, context.time)
+    prediction = Prediction(context.controller.programs, command.program, command.hidden)
+    units = prediction.top_units(_ffn_of(model, command.layer), command.keep, context.time)
+    context.time.send(units.nbytes)
+    return ExecuteResult(units)
+
+
+def handle_predict_and_stage(context: Context, command: PredictAndStage) -> StageResult:
+    """Stages what the program chooses; `Stager.stage` says what it raises."""
+    prediction = Prediction(context.controller.programs, command.program, command.hidden)
+    context.time.receive(command.hidden.nbytes)
+    return _stage(context, command.model, command.token, command.targets, prediction)
+
+
+def handle_stage(context: Context, command: Stage) -> StageResult:
+    """Stages named units; `Stager.stage` says what it raises."""
+    return _stage(context, command.model, None, command.targets, None)
+
+
+def handle_release(context: Context, command: Release) -> None:
+    """Gives leases back, those named or all of this host's.
+
+    Raises CommandError (No Such Lease) for the first one not held; the others go back all the same.
+    """
+    window, owner = context.controller.stager.window, context.host.host_id
+    if not command.leases:
+        window.release_owner(owner)
+    refused: CommandError | None = None
+    for lease in command.leases:
+        try:
+            window.release(lease, owner)
+        except CommandError as error:
+            refused = refused or error
+    if refused:
+        raise refused
+
+
+def handle_host_residency(context: Context, command: HostResidency) -> None:
+    """Raises CommandError: No Such Packed Model, No Such Site, Invalid Field, DRAM exceeded."""
+    model = context.controller.models.get(command.model, context.time)
+    for said in command.sites:
+        context.controller.hosts.set_residency(context.host, model.site(said.site), said)
+
+
+def _stage(
+    context: Context,
+    model: int,
+    token: int | None,
+    targets: tuple[Target, ...],
+    prediction: Prediction | None,
+) -> StageResult:
+    controller = context.controller
+    loaded = controller.models.get(model, context.time)
+    result = controller.stager.stage(context.host, loaded, targets, prediction, context.time)
+    for site in result.sites:
+        controller.counters.staged_bytes += site.length_bytes
+        controller.counters.nand_page_reads += site.nand_page_reads
+    controller.stages.add(context.host.host_id, model, token, result, context.time.timing())
+    return result
+
+
+def _ffn_of(model: LoadedModel, layer: int) -> SiteRecord:
+    for site in model.sites:
+        if site.is_ffn and site.layer == layer:
+            return site
+    raise CommandError(Status.NO_SITE, f"{model.name} has no FFN in layer {layer}")

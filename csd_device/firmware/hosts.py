@@ -1,0 +1,111 @@
+"""Hosts, by the identifier given at Connect: what each holds, and whether it is still there.
+
+All queue pairs of one host share its leases and its residency; both end with its last queue pair.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from csd_device.dram import Arena, Window
+from csd_device.errors import CommandError
+from csd_device.firmware.commands import Held, SiteResidency
+from csd_device.firmware.models import SiteRecord
+from csd_protocol.status import Status
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Host:
+    """One host. `held` [count] by (model, site); a site that is not there: nothing is held."""
+
+    host_id: str
+    name: str
+    queue_count: int = 0
+    held: dict[tuple[int, int], Bools] = field(default_factory=dict)
+
+    @property
+    def residency_bytes(self) -> int:
+        """On-drive DRAM of what this host said it holds."""
+        return sum(flags.nbytes for flags in self.held.values())
+
+    def holds(self, site: SiteRecord) -> Bools | None:
+        """Which units of the site the host holds [count]; None: nothing is said of it.
+
+        Raises CommandError (Invalid Field) when that was said of a model packed differently.
+        """
+        flags = self.held.get(site.key)
+        if flags is not None and flags.size != site.count:
+            raise CommandError(
+                Status.INVALID_FIELD,
+                f"residency of {site.name} was set for {flags.size} units; it now has "
+                f"{site.count}. Send HOST_RESIDENCY again",
+            )
+        return flags
+
+
+class HostTable:
+    """The hosts that are connected."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._hosts: dict[str, Host] = {}
+
+    @property
+    def queue_count(self) -> int:
+        return sum(host.queue_count for host in self._hosts.values())
+
+    def __len__(self) -> int:
+        return len(self._hosts)
+
+    def attach(self, host_id: str, name: str) -> Host:
+        """One more queue pair of this host."""
+        host = self._hosts.get(host_id)
+        if host is None:
+            self._arena.allot(_allotment(host_id), 0)
+            host = self._hosts[host_id] = Host(host_id, name)
+        host.queue_count += 1
+        return host
+
+    def detach(self, host: Host, window: Window) -> None:
+        """One queue pair less; with the last one leases and residency go back."""
+        host.queue_count -= 1
+        if host.queue_count == 0:
+            del self._hosts[host.host_id]
+            self._arena.free(_allotment(host.host_id))
+            window.release_owner(host.host_id)
+
+    def set_residency(self, host: Host, site: SiteRecord, said: SiteResidency) -> None:
+        """Raises CommandError: Invalid Field for a bitmap of another length, DRAM exceeded."""
+        before = host.held.get(site.key)
+        if said.held is Held.NONE:
+            host.held.pop(site.key, None)
+        else:
+            host.held[site.key] = _flags(site, said)
+        try:
+            self._arena.resize(_allotment(host.host_id), host.residency_bytes)
+        except CommandError:
+            host.held.pop(site.key, None)
+            if before is not None:
+                host.held[site.key] = before
+            raise
+
+
+def _allotment(host_id: str) -> str:
+    return f"residency.{host_id}"
+
+
+def _flags(site: SiteRecord, said: SiteResidency) -> Bools:
+    if said.held is Held.ALL:
+        return np.ones(site.count, np.bool_)
+    wanted_bytes = -(-site.count // 8)
+    if len(said.bitmap) != wanted_bytes:
+        raise CommandError(
+            Status.INVALID_FIELD,
+            f"bitmap of {len(said.bitmap)} bytes for {site.name}; "
+            f"its {site.count} units take {wanted_bytes}",
+        )
+    packed = np.frombuffer(said.bitmap, np.uint8)
+    return np.unpackbits(packed, count=site.count, bitorder="little").view(np.bool_)

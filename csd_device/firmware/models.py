@@ -1,0 +1,194 @@
+"""The packed models on the drive, as the firmware needs them: where units lie, and their CRCs.
+
+Read from the drive's own flash when a command first names a model; forgotten when a host writes to
+the directory or into the model's extent. Tables take on-drive DRAM while they are loaded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from csd_device.dram import Arena
+from csd_device.errors import CommandError
+from csd_device.firmware.modelled_time import CommandTime
+from csd_device.ftl import Ftl
+from csd_protocol.packed import (
+    DIRECTORY_SLOT_BYTES,
+    DIRECTORY_SLOTS,
+    MODELS_OFFSET_BYTES,
+    Directory,
+    DirectoryEntry,
+    Extent,
+    FormatError,
+    PackedModel,
+    Role,
+    Site,
+    decode_directory,
+    decode_manifest,
+)
+from csd_protocol.status import Status
+
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
+
+SITE_ENTRY_BYTES = 64  # of on-drive DRAM, in the firmware's own site table; assumed
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecord:
+    """One site, ready for the hot path."""
+
+    site: int
+    name: str
+    layer: int
+    is_ffn: bool
+    count: int
+    unit_bytes: int
+    offset_bytes: int
+    key: tuple[int, int]  # (model, site)
+    crcs: U32  # [count]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A packed model's tables in on-drive DRAM."""
+
+    model: int
+    name: str
+    entry: DirectoryEntry
+    sites: tuple[SiteRecord, ...]
+
+    def site(self, index: int) -> SiteRecord:
+        """Raises CommandError (No Such Site or Unit)."""
+        if not 0 <= index < len(self.sites):
+            raise CommandError(
+                Status.NO_SITE, f"{self.name} has {len(self.sites)} sites, none numbered {index}"
+            )
+        return self.sites[index]
+
+
+class ModelCatalog:
+    """Models by identifier, loaded when first named."""
+
+    def __init__(self, ftl: Ftl, arena: Arena, on_forgotten: Callable[[int], None]) -> None:
+        """`on_forgotten(model)` is told of each model whose units may have changed."""
+        self._ftl = ftl
+        self._arena = arena
+        self._on_forgotten = on_forgotten
+        self._directory: Directory | None = None
+        self._loaded: dict[int, LoadedModel] = {}
+
+    def get(self, model: int, time: CommandTime) -> LoadedModel:
+        """The model's tables; reads them from NAND, in `time`, when they are not loaded.
+
+        Raises CommandError: No Such Packed Model for one that is not there, not complete or
+        damaged, On-Drive DRAM Exceeded when its tables do not fit.
+        """
+        found = self._loaded.get(model)
+        if found is None:
+            found = self._loaded[model] = self._load(self._entry(model, time), time)
+        return found
+
+    def note_change(self, offset_bytes: int, length_bytes: int) -> None:
+        """These bytes of the namespace may have changed: forgets what was read from them."""
+        if offset_bytes < MODELS_OFFSET_BYTES:
+            self._directory = None
+            self._forget(list(self._loaded.values()))
+        end_bytes = offset_bytes + length_bytes
+        self._forget(
+            [
+                loaded
+                for loaded in self._loaded.values()
+                if offset_bytes
+                < loaded.entry.extent.offset_bytes + loaded.entry.extent.length_bytes
+                and loaded.entry.extent.offset_bytes < end_bytes
+            ]
+        )
+
+    def _forget(self, models: list[LoadedModel]) -> None:
+        for loaded in models:
+            del self._loaded[loaded.model]
+            self._arena.free(_allotment(loaded.model))
+            self._on_forgotten(loaded.model)
+
+    def _entry(self, model: int, time: CommandTime) -> DirectoryEntry:
+        if self._directory is None:
+            self._directory = self._read_directory(time)
+        for entry in self._directory.models:
+            if entry.model == model:
+                if entry.state != "complete":
+                    raise _no_model(f"model {model} ({entry.name}) is not packed to its end")
+                return entry
+        known = ", ".join(f"{entry.model} ({entry.name})" for entry in self._directory.models)
+        raise _no_model(f"no model {model} on this drive; there are: {known or 'none'}")
+
+    def _read_directory(self, time: CommandTime) -> Directory:
+        data = self._read(Extent(offset_bytes=0, length_bytes=MODELS_OFFSET_BYTES), time)
+        slots = [
+            data[slot * DIRECTORY_SLOT_BYTES : (slot + 1) * DIRECTORY_SLOT_BYTES].tobytes()
+            for slot in range(DIRECTORY_SLOTS)
+        ]
+        try:
+            return decode_directory(slots)
+        except FormatError as error:
+            raise _no_model(str(error)) from error
+
+    def _load(self, entry: DirectoryEntry, time: CommandTime) -> LoadedModel:
+        try:
+            manifest = decode_manifest(self._read(entry.manifest, time).tobytes())
+        except FormatError as error:
+            raise _no_model(f"model {entry.model} ({entry.name}): {error}") from error
+        self._check_extents(entry, manifest)
+        table_bytes = manifest.crc_table.length_bytes + SITE_ENTRY_BYTES * len(manifest.sites)
+        self._arena.allot(_allotment(entry.model), table_bytes)
+        try:
+            crcs = self._read(manifest.crc_table, time).view(np.uint32)
+        except CommandError:
+            self._arena.free(_allotment(entry.model))
+            raise
+        sites = tuple(_record(entry.model, site, crcs) for site in manifest.sites)
+        return LoadedModel(entry.model, entry.name, entry, sites)
+
+    def _check_extents(self, entry: DirectoryEntry, manifest: PackedModel) -> None:
+        """Raises CommandError when a manifest points outside the model's own extent."""
+        begin = entry.extent.offset_bytes
+        end = begin + entry.extent.length_bytes
+        spans = [(site.offset_bytes, site.length_bytes, site.name) for site in manifest.sites]
+        table = manifest.crc_table
+        for offset, length, name in [*spans, (table.offset_bytes, table.length_bytes, "CRC table")]:
+            if not begin <= offset <= offset + length <= end:
+                raise _no_model(
+                    f"model {entry.model} ({entry.name}): {name} lies at bytes {offset} to "
+                    f"{offset + length}, outside its extent {begin} to {end}"
+                )
+
+    def _read(self, extent: Extent, time: CommandTime) -> U8:
+        if extent.offset_bytes + extent.length_bytes > self._ftl.capacity_sectors * 4096:
+            raise _no_model(f"bytes from {extent.offset_bytes} lie beyond the namespace")
+        data = np.empty(extent.length_bytes, np.uint8)
+        time.read_pages(self._ftl.read(extent.offset_bytes, data))
+        return data
+
+
+def _allotment(model: int) -> str:
+    return f"model.{model}"
+
+
+def _no_model(detail: str) -> CommandError:
+    return CommandError(Status.NO_MODEL, detail)
+
+
+def _record(model: int, site: Site, crcs: U32) -> SiteRecord:
+    return SiteRecord(
+        site=site.site,
+        name=site.name,
+        layer=site.layer,
+        is_ffn=site.role is Role.FFN,
+        count=site.count,
+        unit_bytes=site.unit_bytes,
+        offset_bytes=site.offset_bytes,
+        key=(model, site.site),
+        crcs=crcs[site.first_crc : site.first_crc + site.count],
+    )

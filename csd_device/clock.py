@@ -1,8 +1,8 @@
 """The drive's clock, passed in. This is the only file of the device that reads time.
 
-    Clock.now_ns() -> int         nanoseconds since the drive was opened
-    Clock.advance_to(ns) -> None  a virtual clock jumps there (never back); a wall clock ignores it
-    TimeMode.WALL | VIRTUAL | OFF
+Clock.now_ns() -> int         nanoseconds since the drive was opened
+Clock.advance_to(ns) -> None  a virtual clock jumps there (never back); a wall clock ignores it
+TimeMode.WALL | VIRTUAL | OFF
 """
 
 import time

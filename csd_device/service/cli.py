@@ -1,6 +1,5 @@
 """The command line `csd-device`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +11,9 @@ from csd_device.config import DriveConfig, load_config, preset_names
 from csd_device.drive import Drive
 from csd_device.errors import DriveRefused
 from csd_device.service import daemon
+from csd_device.service import health as health_check
 from csd_device.service.rehearsal import rehearse
 from csd_protocol.address import Address, TcpAddress, parse_address
-from csd_protocol.crc32c import crc32c
 from csd_protocol.units import format_size
 
 app = typer.Typer(
@@ -23,7 +22,6 @@ app = typer.Typer(
 
 _EXIT_REFUSED = 1
 _EXIT_USAGE = 2
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 def main() -> None:
@@ -63,35 +61,38 @@ def serve(
     address = _checked_address(listen, allow_remote, said)
     try:
         config = load_config(drive)
-        window_path = window or default_window_path(media)
-        _run(config, media, window_path, address, time, stop_with_stdin, said)
+        _run(config, media, window, address, time, stop_with_stdin, said)
     except DriveRefused as error:
         said.print(f"[red]refused:[/] {error}", soft_wrap=True)
         raise typer.Exit(_EXIT_REFUSED) from None
 
 
-def default_window_path(media: Path) -> Path:
-    """The same for the same media, so that a restart replaces what a killed daemon left."""
-    name = f"csd-{os.getuid()}-{crc32c(str(media.resolve()).encode()):08x}.window"
-    return _SHARED_MEMORY / name
+@app.command()
+def health(
+    connect: Annotated[str, typer.Option(help="The daemon: unix:PATH or HOST:PORT.")],
+) -> None:
+    """Ask a daemon whether its drive serves; exit status 1 when not."""
+    serves, answer = health_check.ask(_parsed("--connect", connect))
+    typer.echo(answer, err=True)
+    raise typer.Exit(0 if serves else _EXIT_REFUSED)
 
 
 def _run(
     config: DriveConfig,
     media: Path,
-    window_path: Path,
+    window: Path | None,
     address: Address,
     time: TimeMode,
     stop_with_stdin: bool,
     said: Console,
 ) -> None:
     clock: Clock = VirtualClock() if time is TimeMode.VIRTUAL else WallClock()
-    opened = Drive.open(config, media, clock=clock, time_mode=time, window_path=window_path)
+    opened = Drive.open(config, media, clock=clock, time_mode=time, window_path=window)
     try:
         rehearse()
 
         def ready(bound: Address) -> None:
-            typer.echo(f"ready: {config.name} at {bound}, window {window_path}")
+            typer.echo(f"ready: {config.name} at {bound}, window {opened.window_path}")
             said.print(
                 f"{config.description}: {format_size(config.capacity_bytes)} at {media}, "
                 f"time {time.value}",
@@ -103,12 +104,16 @@ def _run(
         opened.close()
 
 
-def _checked_address(listen: str, allow_remote: bool, said: Console) -> Address:
+def _parsed(option: str, text: str) -> Address:
     try:
-        address = parse_address(listen)
+        return parse_address(text)
     except ValueError as error:
-        said.print(f"[red]--listen:[/] {error}", soft_wrap=True)
+        Console(stderr=True, highlight=False).print(f"[red]{option}:[/] {error}", soft_wrap=True)
         raise typer.Exit(_EXIT_USAGE) from None
+
+
+def _checked_address(listen: str, allow_remote: bool, said: Console) -> Address:
+    address = _parsed("--listen", listen)
     if isinstance(address, TcpAddress) and not address.is_loopback and not allow_remote:
         said.print(
             f"[red]--listen:[/] other machines can reach {address}, and nothing protects the "

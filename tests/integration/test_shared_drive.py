@@ -5,21 +5,26 @@ import os
 import stat
 from pathlib import Path
 
-import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from csd_device.service import health
 from csd_protocol import opcodes
+from csd_protocol.address import parse_address
 from host_client.driver import Drive
 
 BLOCK = 4096
 
 
 def test_the_drive_says_that_it_serves(drive_address: str) -> None:
-    with grpc.insecure_channel(drive_address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        answer = stub.Check(health_pb2.HealthCheckRequest(service="csd.v1.Controller"), timeout=10)
-    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    serves, said = health.ask(parse_address(drive_address))
+    assert serves
+    assert said == f"the drive at {drive_address} says SERVING"
+
+
+def test_where_no_drive_is_nothing_serves(tmp_path: Path) -> None:
+    serves, said = health.ask(parse_address(f"unix:{tmp_path}/none.sock"))
+    assert not serves
+    assert said.startswith(f"no drive answers at unix:{tmp_path}/none.sock")
 
 
 def test_what_was_written_is_read_by_another_host(drive: Drive, drive_address: str) -> None:

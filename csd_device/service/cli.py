@@ -17,7 +17,10 @@ from csd_protocol.address import Address, TcpAddress, parse_address
 from csd_protocol.units import format_size
 
 app = typer.Typer(
-    help="An emulated computational storage drive.", no_args_is_help=True, add_completion=False
+    help="An emulated computational storage drive.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 _EXIT_REFUSED = 1

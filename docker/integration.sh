@@ -22,9 +22,6 @@ else
 fi
 compose+=(--project-name "csd-integration-$$")
 
-# pip inside the build has to see the settings that pip has here.
-export PIP_EXTRA_INDEX_URL=${PIP_EXTRA_INDEX_URL:-}
-
 down() { "${compose[@]}" down --volumes --remove-orphans --timeout 20 >/dev/null 2>&1 || true; }
 trap down EXIT
 trap 'exit 130' INT TERM

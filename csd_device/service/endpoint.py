@@ -17,7 +17,7 @@ from csd_device.firmware.queue_pair import QueuePair
 from csd_device.service import translate
 from csd_protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from csd_protocol.csd.v1 import csd_pb2 as pb
-from csd_protocol.opcodes import AdminOpcode, CommandSet
+from csd_protocol.opcodes import AdminOpcode
 from csd_protocol.status import Status
 
 _SQ_HEAD_MODULUS = 1 << 16
@@ -51,7 +51,7 @@ class Session:
     def handle(self, entry: pb.SubmissionEntry) -> None:
         """Takes one entry. What is wrong with it becomes a completion; never raises for that."""
         try:
-            if (entry.set, entry.opcode) == (CommandSet.ADMIN, AdminOpcode.CONNECT):
+            if entry.set == pb.COMMAND_SET_ADMIN and entry.opcode == AdminOpcode.CONNECT:
                 self._connect(entry)
             else:
                 self._submit(entry)

@@ -25,26 +25,28 @@ class QueuePairServicer(ControllerServicer):
         self._endpoint = endpoint
         self._holds: dict[Session, Hold] = {}
 
-    async def QueuePair(  # noqa: N802 - gRPC's name
+    # gRPC lets a handler write through its context in place of yielding; the stub does not know.
+    async def QueuePair(  # type: ignore[override]  # noqa: N802
         self, request_iterator: AsyncIterator[pb.SubmissionEntry], context: Context
     ) -> None:
         session = self._endpoint.open()
         hold = Hold(session, context.write)
         self._holds[session] = hold
         try:
-            await self._serve(session, hold, context)
+            await self._serve(session, hold, request_iterator)
         finally:
             hold.close()
             del self._holds[session]
             session.close()
 
-    async def _serve(self, session: Session, hold: Hold, context: Context) -> None:
-        while not session.ended:
-            entry = await context.read()
-            if entry is grpc.aio.EOF:
-                return
+    async def _serve(
+        self, session: Session, hold: Hold, entries: AsyncIterator[pb.SubmissionEntry]
+    ) -> None:
+        async for entry in entries:
             session.handle(entry)
             await hold.post()
+            if session.ended:
+                return
             self._arm_others(session)
 
     def _arm_others(self, acted: Session) -> None:

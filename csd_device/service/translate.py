@@ -37,7 +37,7 @@ def command_of(entry: pb.SubmissionEntry) -> fw.Command:
             f"opcode {entry.opcode:02X}h of command set {entry.set} goes with {body}, "
             f"not {given or 'an empty body'}",
         )
-    if entry.set != CommandSet.ADMIN and entry.nsid != NAMESPACE:
+    if entry.set != pb.COMMAND_SET_ADMIN and entry.nsid != NAMESPACE:
         raise CommandError(
             Status.INVALID_NAMESPACE, f"namespace {entry.nsid}; this drive has only {NAMESPACE}"
         )

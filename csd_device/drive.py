@@ -43,6 +43,7 @@ class Drive:
         self._controller = controller
         self._queues: dict[int, QueuePair] = {}
         self._queue_ids = count(1)
+        self._is_closed = False
 
     @classmethod
     def open(
@@ -124,11 +125,13 @@ class Drive:
 
     def close(self) -> None:
         """Closes all queue pairs, makes what was written last, and gives media and window back."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         for queue in self._queues.values():
             queue.close()
         self._queues.clear()
         self._controller.stager.window.close()
-        self._controller.ftl.flush()
         self._controller.ftl.close()
 
     def _forget_closed(self) -> None:

@@ -6,7 +6,7 @@ The tensors are views of the file's own buffer: a loaded program costs its file'
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +102,7 @@ class TensorFile:
         return _Entry(dtype, tuple(shape), begin, end)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

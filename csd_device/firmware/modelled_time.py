@@ -2,8 +2,8 @@
 
 The firmware's processor, the compute engine, the DRAM and the link are lanes: work arrives, waits
 for what came before, and leaves. NAND has its own timeline. A command's time moves from step to
-step, and each step is booked under its name, so the parts of a completion add up to its whole. Steps
-that run side by side are forks; the command adopts the fork that ends last, and its parts with it.
+step, and each step is booked under its name, so the parts of a completion add up to its whole.
+Steps that run side by side are forks; the command adopts the fork that ends last, parts and all.
 
 DRAM is charged one write for a unit that comes from NAND, a read and a write for one that comes
 from the unit cache; the link's own reads overlap with its transfer.

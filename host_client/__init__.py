@@ -1,4 +1,4 @@
-"""The host: a driver, a packer and a runtime for transformers models whose weights lie on a drive."""
+"""The host: driver, packer and runtime for transformers models whose weights lie on a drive."""
 
 from typing import Any
 

@@ -23,7 +23,7 @@ class ActivityCounter:
 
     def __init__(self, down_norms: F32, share: float = WANTED_SHARE) -> None:
         """down_norms: float32 [layers, neurons]."""
-        self.counts = np.zeros(down_norms.shape, np.uint32)
+        self.counts: U32 = np.zeros(down_norms.shape, np.uint32)
         self._down_norms = down_norms
         self._wanted = max(1, round(share * down_norms.shape[1]))
         self._scores: dict[int, F32] = {}
@@ -41,9 +41,9 @@ class ActivityCounter:
 
     def _count(self, layer: int, scores: F32) -> None:
         top = np.argpartition(-scores, self._wanted - 1, axis=1)[:, : self._wanted]
-        self.counts[layer] += np.bincount(
-            top.reshape(-1), minlength=self.counts.shape[1]
-        ).astype(np.uint32)
+        self.counts[layer] += np.bincount(top.reshape(-1), minlength=self.counts.shape[1]).astype(
+            np.uint32
+        )
 
 
 def measure_frequencies(

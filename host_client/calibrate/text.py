@@ -21,9 +21,7 @@ def default_text(split: Split) -> str:
     return "\n\n".join(topics[name] for name in names)
 
 
-def token_windows(
-    tokenizer: Any, text: str, tokens: int, window: int
-) -> list[torch.Tensor]:
+def token_windows(tokenizer: Any, text: str, tokens: int, window: int) -> list[torch.Tensor]:
     """The first `tokens` tokens of `text` in windows: int64 [1, up to window] each.
 
     Raises ValueError when the text is shorter than that.

@@ -38,10 +38,11 @@ def skeleton(packed: PackedModel) -> PreTrainedModel:
     if packed.family not in ATTACHABLE:
         raise ValueError(f"family {packed.family!r} cannot run; known: {', '.join(ATTACHABLE)}")
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: Any = AutoModelForCausalLM.from_config(
             config_of(packed), dtype=torch.float32, attn_implementation="sdpa"
         )
-    return model.eval()
+    made: PreTrainedModel = model.eval()
+    return made
 
 
 def attach(model: PreTrainedModel, engine: Engine) -> None:
@@ -51,8 +52,8 @@ def attach(model: PreTrainedModel, engine: Engine) -> None:
     for number, layer in enumerate(body.layers):
         _attach_layer(layer, number, engine)
     norm = engine.model.find(Role.FINAL_NORM)
-    body.norm.weight = _parameter(_parts(engine, norm)["final_norm"])
-    body.rotary_emb = type(body.rotary_emb)(config=model.config, device="cpu")
+    body.norm.weight = _parameter(_parts(engine, norm)["norm"])
+    body.rotary_emb = type(body.rotary_emb)(config=model.config)  # its tables, off the meta device
     head: Any = StagedHead(engine)
     model.lm_head = head
     _check_complete(model)
@@ -60,9 +61,7 @@ def attach(model: PreTrainedModel, engine: Engine) -> None:
 
 def _attach_layer(layer: Any, number: int, engine: Engine) -> None:
     for projection in Projection:
-        setattr(
-            layer.self_attn, projection.value, StagedProjection(engine, number, projection)
-        )
+        setattr(layer.self_attn, projection.value, StagedProjection(engine, number, projection))
     layer.mlp = StagedFfn(engine, number)
     norms = _parts(engine, engine.model.find(Role.NORMS, number))
     layer.input_layernorm.weight = _parameter(norms["input_norm"])

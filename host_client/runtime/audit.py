@@ -1,8 +1,8 @@
 """The audit of a kept fraction: how much of what the true FFN input wanted was chosen in time.
 
 The host cannot score neurons it does not hold, so on each decoded token one layer, in turn, has the
-rest of its neurons staged late and scored by |silu(g) * u| * ||down||, as the choice itself is. What
-that moves is counted as late, and is about one layer's share of the staged volume.
+rest of its neurons staged late and scored by |silu(g) * u| * ||down||, as the choice itself is.
+What that moves is counted as late, and is about one layer's share of the staged volume.
 """
 
 import math
@@ -47,11 +47,13 @@ class Auditor:
         if values.shape[0]:
             ignored = np.zeros_like(x)
             kernels.neurons(x, values, None, ignored, self._engine.bf16, activity)
-        return activity[0] * down_norms(values, x.shape[1], self._engine.bf16)
+        scores: F32 = activity[0] * down_norms(values, x.shape[1], self._engine.bf16)
+        return scores
 
 
 def down_norms(units: U16, hidden: int, bf16: bool) -> F32:
     """L2 norm of each neuron's down column. units uint16 [n, 3 * hidden] -> float32 [n]."""
     dtype = torch.bfloat16 if bf16 else torch.float16
     down = torch.from_numpy(units[:, 2 * hidden :].view(np.int16)).view(dtype)
-    return torch.linalg.vector_norm(down.float(), dim=1).numpy()
+    norms: F32 = torch.linalg.vector_norm(down.float(), dim=1).numpy()
+    return norms

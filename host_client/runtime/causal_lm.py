@@ -1,14 +1,15 @@
 """`CsdModelForCausalLM`: a transformers model whose weights lie on a drive.
 
-    model = CsdModelForCausalLM.from_pretrained("smollm2-135m", drive="unix:csd.sock", dram="45%")
-    model.generate(**inputs)
-    model.csd.close()
+model = CsdModelForCausalLM.from_pretrained("smollm2-135m", drive="unix:csd.sock", dram="45%")
+model.generate(**inputs)
+model.csd.close()
 """
 
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -27,16 +28,13 @@ from host_client.runtime.layers import StagedFfn
 from host_client.runtime.plan import BUFFERS, Plan, make_plan, parse_budget
 from host_client.runtime.prefetch import Prefetcher
 from host_client.runtime.quality import Quality
+from host_client.runtime.refusals import NoPredictor
 from host_client.runtime.residency import Progress, ResidentSite, load_resident, residency_of
 from host_client.runtime.tally import Tally
 
 CONTEXT_DEFAULT = 512
 LOOKAHEAD_DEFAULT = 1
 _PREFERRED = ("shadow", "frequency")  # which kind of program guides a kept fraction
-
-
-class NoPredictor(RuntimeError):
-    """A kept fraction was asked for, and the drive has no active program for the model."""
 
 
 @dataclass(slots=True)
@@ -51,16 +49,11 @@ class CsdRuntime:
     reader: Reader
     weights_bytes: int  # host memory that was allocated for units and staging buffers
     predictor: str | None  # kind of the program that guides, None at exact quality
-    _owned: list[Any]
+    owned: ExitStack = field(default_factory=ExitStack)
 
     def close(self) -> None:
         """Stop prefetching, give leases back; end the drive when it was opened for this model."""
-        try:
-            self.engine.close()
-        finally:
-            for resource in self._owned:
-                resource.close()
-            self._owned.clear()
+        self.owned.close()
 
 
 class CsdModelForCausalLM:
@@ -90,26 +83,34 @@ class CsdModelForCausalLM:
         audit: measure recall in decode (kept fraction only; stages one layer's rest a token).
 
         The result's `csd` is a `CsdRuntime`; close it when done. Raises ModelError, DriveError,
-        BudgetTooSmall, QualityError, NoPredictor, WindowTooSmall, ReaderError.
+        ReaderError, RequestRefused (budget, quality, predictor, window).
         """
         parsed = Quality.parse(quality)
-        owned: list[Any] = []
-        try:
-            opened = _open_drive(drive, owned)
-            runtime = _start(
-                opened, name_on_drive(model), dram, parsed, context, lookahead, reader,
-                progress or _silent, owned,
-            )
-        except BaseException:
-            for resource in owned:
-                resource.close()
-            raise
-        made = skeleton(runtime.packed)
-        attach(made, runtime.engine)
-        if audit and not parsed.exact:
-            _audit(made, runtime.engine)
-        made.csd = runtime  # type: ignore[assignment]
+        with ExitStack() as undo:
+            opened = _open_drive(drive, undo)
+            name = name_on_drive(model)
+            settings = _Settings(parsed, context, lookahead, reader)
+            runtime = _start(opened, name, dram, settings, progress or _silent, undo)
+            made = skeleton(runtime.packed)
+            attach(made, runtime.engine)
+            if audit and not parsed.exact:
+                _audit(made, runtime.engine)
+            runtime.owned = undo.pop_all()
+        made.csd = cast(Any, runtime)
         return made
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    quality: Quality
+    context: int
+    lookahead: int
+    reader: ReaderKind
+
+
+def runtime_of(model: PreTrainedModel) -> CsdRuntime:
+    """The runtime behind a model that `from_pretrained` made."""
+    return cast(CsdRuntime, model.csd)
 
 
 def name_on_drive(model: str | Path) -> str:
@@ -118,45 +119,52 @@ def name_on_drive(model: str | Path) -> str:
     return resolve_source(model).name if looks_like_path else str(model)
 
 
-def _open_drive(drive: Drive | str | None, owned: list[Any]) -> Drive:
+def _open_drive(drive: Drive | str | None, undo: ExitStack) -> Drive:
     if isinstance(drive, Drive):
         return drive
-    opened = Drive.embedded() if drive is None else Drive.connect(drive)
-    owned.append(opened)
-    return opened
+    opened = Drive.embedded(time="virtual") if drive is None else Drive.connect(drive)
+    return undo.enter_context(opened)
 
 
 def _start(
     drive: Drive,
     name: str,
     dram: str | int,
-    quality: Quality,
-    context: int,
-    lookahead: int,
-    reader_kind: ReaderKind,
+    settings: _Settings,
     progress: Progress,
-    owned: list[Any],
+    undo: ExitStack,
 ) -> CsdRuntime:
+    """Load what is resident and start prefetching; what has to be undone goes to `undo`."""
     model_id, packed = open_model(drive, name)
-    plan = make_plan(packed, parse_budget(dram, packed), context)
-    guidance, predictor = _guidance(drive, packed, quality, lookahead)
+    plan = make_plan(packed, parse_budget(dram, packed), settings.context)
+    guidance, predictor = _guidance(drive, packed, settings.quality, settings.lookahead)
     tally = Tally()
-    readers = [open_reader(drive.window_path, reader_kind) for _ in range(2)]
-    owned[:0] = readers
+    readers = [
+        undo.enter_context(open_reader(drive.window_path, settings.reader)) for _ in range(2)
+    ]
     checksums = Checksums(packed, read_crc_table(drive, packed))
     fetcher = Fetcher(drive, model_id, readers[0], checksums, tally)
     resident = load_resident(packed, plan, fetcher, read_frequencies(drive, packed), progress)
     drive.set_residency(model_id, residency_of(resident.values()))
     buffers = [Buffer(plan.buffer_bytes) for _ in range(BUFFERS)]
     prefetcher = Prefetcher(drive, model_id, readers[1], checksums, resident, buffers, tally)
+    undo.callback(prefetcher.close)
     engine = Engine(
-        drive, model_id, packed, plan, resident, prefetcher, fetcher, quality, guidance, tally,
+        drive,
+        model_id,
+        packed,
+        plan,
+        resident,
+        prefetcher,
+        fetcher,
+        settings.quality,
+        guidance,
+        tally,
         time.perf_counter_ns,
     )
+    undo.callback(engine.abandon)
     weights = _allocated(resident, buffers) + plan.fetch_buffer_bytes
-    return CsdRuntime(
-        drive, packed, plan, engine, tally, readers[1], weights, predictor, owned
-    )
+    return CsdRuntime(drive, packed, plan, engine, tally, readers[1], weights, predictor)
 
 
 def _guidance(

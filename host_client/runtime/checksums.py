@@ -17,7 +17,7 @@ class UnitCorrupt(RuntimeError):
         self.site, self.unit = site, unit
         super().__init__(
             f"unit {unit} of {site.name} does not match its CRC32C: it was damaged between the "
-            f"drive's window and this process. Read `csd log error`; pack the model again if it stays"
+            f"drive's window and this process. Read `csd log error`; if it stays, pack it again"
         )
 
 

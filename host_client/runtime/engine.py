@@ -19,10 +19,11 @@ from csd_protocol.packed import PackedModel, Role, Site
 from csd_protocol.units import format_size
 from host_client.driver import Drive
 from host_client.io import Buffer
-from host_client.runtime.fetch import Fetcher, WindowTooSmall
+from host_client.runtime.fetch import Fetcher
 from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
 from host_client.runtime.quality import Quality
+from host_client.runtime.refusals import ContextExceeded, WindowTooSmall
 from host_client.runtime.residency import ResidentSite
 from host_client.runtime.tally import Tally
 
@@ -32,10 +33,6 @@ F32 = npt.NDArray[np.float32]
 
 STEPS_AHEAD_MAX = 4
 GUIDED_TOKENS_MAX = 1  # a pass over more rows wants nearly every unit anyway
-
-
-class ContextExceeded(RuntimeError):
-    """More tokens than the plan made room for in the KV cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +135,6 @@ class Engine:
         """Forget a pass that was broken off, so that the next one starts clean."""
         self._drop()
 
-    def close(self) -> None:
-        self._release_current()
-        self._prefetcher.close()
-
     # ---- units by name -----------------------------------------------------------------------
 
     def embedding_rows(self, rows: U32) -> Iterator[tuple[U32, U16]]:
@@ -234,7 +227,9 @@ def _steps_of(
     """One step a layer, then one a slice of the head rows that are not resident."""
     steps = []
     for layer in range(model.layer_count):
-        sites = [site for site in model.sites if site.layer == layer and site.role is not Role.NORMS]
+        sites = [
+            site for site in model.sites if site.layer == layer and site.role is not Role.NORMS
+        ]
         wanted = tuple(
             Wanted(site, predictable=site.role is Role.FFN)
             for site in sites

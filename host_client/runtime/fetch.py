@@ -12,16 +12,13 @@ from csd_protocol.packed import Site
 from host_client.driver import Drive, StageTarget
 from host_client.io import Buffer, Extent, Reader
 from host_client.runtime.checksums import Checksums
+from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.tally import Tally
 
 U32 = npt.NDArray[np.uint32]
 
 WINDOW_SHARE = 4  # one fetch takes at most this part of the window, so that prefetch goes on
 STAGE_TIMEOUT_S = 60.0
-
-
-class WindowTooSmall(RuntimeError):
-    """The drive's window cannot hold what has to be staged at once."""
 
 
 class Fetcher:
@@ -59,9 +56,7 @@ class Fetcher:
         target = StageTarget(site=site.site, units=units, ignore_residency=True)
         staged = self._drive.stage(self._model, [target]).result(STAGE_TIMEOUT_S)
         lease = staged.sites[0]
-        self._reader.read(
-            [Extent(lease.window_offset, lease.length_bytes, buffer, offset_bytes)]
-        )
+        self._reader.read([Extent(lease.window_offset, lease.length_bytes, buffer, offset_bytes)])
         self._drive.release([lease.lease])
         values = buffer.array[offset_bytes : offset_bytes + lease.length_bytes]
         self._checksums.verify(site, units, values.reshape(units.size, site.unit_bytes))

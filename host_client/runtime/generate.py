@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from host_client.runtime.causal_lm import CsdRuntime
+from host_client.runtime.causal_lm import runtime_of
 from host_client.runtime.tally import Tally
 
 NS_PER_S = 1e9
@@ -30,7 +30,7 @@ class DriveReport(BaseModel):
 
 
 class GenerationReport(BaseModel):
-    """What `csd generate --json` prints. Sizes in bytes, times in seconds unless named otherwise."""
+    """What `csd generate --json` prints. Sizes in bytes, times in seconds."""
 
     model: str
     quality: str
@@ -102,13 +102,13 @@ def generate(
     streamer: BaseStreamer | None = None,
 ) -> GenerationReport:
     """Generate greedily from `ids` int64 [1, tokens] and say what it took."""
-    runtime: CsdRuntime = model.csd
+    runtime = runtime_of(model)
     before = runtime.tally.snapshot()
     marks: list[Tally] = []
     clock = TokenClock(streamer, now_ns, lambda: marks.append(runtime.tally.snapshot()))
     started_ns = now_ns()
     with torch.inference_mode():
-        output = model.generate(
+        output = cast(Any, model).generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,

@@ -95,7 +95,8 @@ class StagedProjection(nn.Module):
         values = entry.values
         if entry.missing.size:
             block = self._engine.block(self._site)
-            assert block is not None and block.units.size == self._site.count
+            assert block is not None
+            assert block.units.size == self._site.count
             values = block.values
         return values.reshape(self._site.count, self._site.rows, self._site.cols)
 

@@ -1,8 +1,8 @@
 """The memory plan: given a budget, what is resident, what is staged, what streams.
 
 The budget covers everything of the model that lies in host memory: resident units, staging buffers,
-the KV cache at its full context, the table of checksums and a small buffer for units fetched by name. What
-remains for weights is given out in the order of what a token needs surely: key and value
+the KV cache at its full context, the table of checksums and a small buffer for units fetched by
+name. What remains for weights is given out in the order of what a token needs surely: key and value
 projections, heads, the output head's rows, and last FFN neurons, hottest first, the same number in
 each layer so that one pair of buffers serves all of them.
 """
@@ -12,25 +12,13 @@ from dataclasses import dataclass, field
 
 from csd_protocol.packed import PackedModel, Role, Site
 from csd_protocol.units import format_size, parse_size
+from host_client.runtime.refusals import BudgetTooSmall, InvalidBudget
 
 BUFFERS = 2  # one layer is read while another computes
 KV_VALUE_BYTES = 4  # float32, as the attention computes
 FETCH_ROWS, FETCH_NEURONS = 64, 128  # what one fetch outside the steps brings at most
 HEAD_SLICE_BYTES_MIN = 1 << 20
 _ALIGN = 64  # of each site's part of a staging buffer
-
-
-class BudgetTooSmall(ValueError):
-    """No plan fits the budget. `smallest_bytes` is the least that would do."""
-
-    def __init__(self, budget_bytes: int, smallest_bytes: int, why: str) -> None:
-        self.budget_bytes = budget_bytes
-        self.smallest_bytes = smallest_bytes
-        super().__init__(
-            f"a budget of {format_size(budget_bytes)} cannot work: {why} take at least "
-            f"{format_size(smallest_bytes)} ({smallest_bytes} bytes). "
-            f"Raise --dram to that, or lower --context"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +51,18 @@ class Plan:
 
 
 def parse_budget(text: str | int, model: PackedModel) -> int:
-    """Bytes from a size (`5GiB`) or from a share of the model's 16-bit weights (`45%`)."""
-    if isinstance(text, str) and text.strip().endswith("%"):
-        try:
-            share = float(text.strip()[:-1])
-        except ValueError:
-            raise ValueError(f"{text!r} is not a share: write a number and %") from None
-        return int(model.weights_bytes * share / 100)
-    return parse_size(text)
+    """Bytes from a size (`5GiB`) or from a share of the model's 16-bit weights (`45%`).
+
+    Raises InvalidBudget.
+    """
+    try:
+        if isinstance(text, str) and text.strip().endswith("%"):
+            return int(model.weights_bytes * float(text.strip()[:-1]) / 100)
+        return parse_size(text)
+    except ValueError:
+        raise InvalidBudget(
+            f"{text!r} is neither a size like 5GiB nor a share of the weights like 45%"
+        ) from None
 
 
 def kv_bytes_per_token(model: PackedModel) -> int:
@@ -126,9 +118,7 @@ class _Draft:
         return sum(self.resident[site.site] * site.unit_bytes for site in self.model.sites)
 
     def staged_bytes(self) -> int:
-        layers = sum(
-            self.missing_bytes(site) for sites in self.sites_of_layer for site in sites
-        )
+        layers = sum(self.missing_bytes(site) for sites in self.sites_of_layer for site in sites)
         return layers + self.missing_bytes(self.head)
 
     def total_bytes(self) -> int:

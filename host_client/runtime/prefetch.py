@@ -20,16 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_protocol.packed import Site
-from host_client.driver import Drive, PendingStage, Staged, StagedSite, StageTarget
+from host_client.driver import Drive, PendingCommand, Staged, StagedSite, StageTarget
 from host_client.io import Buffer, Extent, Reader
 from host_client.runtime.checksums import Checksums
-from host_client.runtime.fetch import STAGE_TIMEOUT_S, WindowTooSmall
+from host_client.runtime.fetch import STAGE_TIMEOUT_S
+from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
 from host_client.runtime.tally import Tally
 
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
+
+PendingStage = PendingCommand[Staged]
 
 _ALIGN = 64  # of each site's part of a staging buffer
 
@@ -126,7 +129,11 @@ class Prefetcher:
         return self._outstanding[0].step.number if self._outstanding else None
 
     def request(
-        self, step: Step, program: int = 0, keep: float = 1.0, hidden: F32 | None = None,
+        self,
+        step: Step,
+        program: int = 0,
+        keep: float = 1.0,
+        hidden: F32 | None = None,
         token: int = 0,
     ) -> None:
         """Ask the drive for a step; with `keep` < 1, for what `program` chooses from `hidden`."""
@@ -198,9 +205,7 @@ class Prefetcher:
         self._tally.add_staged(staged)
         return arrival
 
-    def _read(
-        self, request: _Request, staged: Staged, buffer: Buffer, arrival: Arrival
-    ) -> None:
+    def _read(self, request: _Request, staged: Staged, buffer: Buffer, arrival: Arrival) -> None:
         offsets, extents, end = [], [], 0
         for site in staged.sites:
             offsets.append(end)

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-
-class QualityError(ValueError):
-    """A quality that this version cannot give."""
+from host_client.runtime.refusals import InvalidQuality
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +17,7 @@ class Quality:
 
     @classmethod
     def parse(cls, text: "str | float | Quality") -> "Quality":
-        """`exact`, `1.0`, or a kept fraction such as `0.5`. Raises QualityError."""
+        """`exact`, `1.0`, or a kept fraction such as `0.5`. Raises InvalidQuality."""
         if isinstance(text, Quality):
             return text
         if text == "exact":
@@ -29,7 +27,7 @@ class Quality:
         except ValueError:
             kept = -1.0
         if not 0.0 < kept <= 1.0:
-            raise QualityError(
+            raise InvalidQuality(
                 f"quality {text!r} is neither 'exact' nor a kept fraction between 0 and 1, like 0.5"
             )
         return cls(kept)

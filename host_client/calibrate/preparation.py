@@ -1,0 +1,64 @@
+"""What follows packing: measure the neurons, then build and load the predictors."""
+
+from collections.abc import Callable
+from typing import Any
+
+from csd_protocol.packed import PackedModel
+from host_client.calibrate.predictor import (
+    build_frequency,
+    build_shadow,
+    load_predictor,
+    read_down_norms,
+)
+from host_client.calibrate.statistics import measure_frequencies
+from host_client.calibrate.text import Split, default_text, token_windows
+from host_client.driver import Drive
+from host_client.model.catalog import read_frequencies, store_frequencies
+from host_client.runtime.causal_lm import CsdModelForCausalLM, runtime_of
+from host_client.runtime.refusals import NoPredictor
+
+CALIBRATION_TOKENS = 2048
+CALIBRATION_WINDOW = 256
+
+Progress = Callable[[int, int], None]
+
+
+def calibrate(
+    drive: Drive, packed: PackedModel, tokenizer: Any, dram: str | int, progress: Progress
+) -> PackedModel:
+    """Count how often each neuron is wanted, on text of Python's own, and keep it on the drive.
+
+    Runs the packed model itself at exact quality within `dram`. Returns the new manifest.
+    """
+    windows = token_windows(
+        tokenizer, default_text(Split.CALIBRATION), CALIBRATION_TOKENS, CALIBRATION_WINDOW
+    )
+    model = CsdModelForCausalLM.from_pretrained(
+        packed.name, drive, dram, context=CALIBRATION_WINDOW
+    )
+    try:
+        counts = measure_frequencies(model, windows, read_down_norms(drive, packed), progress)
+    finally:
+        runtime_of(model).close()
+    return store_frequencies(drive, packed.name, counts, CALIBRATION_TOKENS)
+
+
+def build_predictor(drive: Drive, packed: PackedModel, kind: str, progress: Progress) -> bytes:
+    """A program file of this kind. Raises NoPredictor for `frequency` before calibration."""
+    if kind == "shadow":
+        return build_shadow(drive, packed, progress)
+    counts = read_frequencies(drive, packed)
+    if counts is None:
+        raise NoPredictor(
+            f"the neurons of {packed.name} were never counted: "
+            f"run `csd pack` on it again without --no-calibrate"
+        )
+    return build_frequency(packed, counts)
+
+
+def load_predictors(drive: Drive, packed: PackedModel, progress: Progress) -> list[str]:
+    """Build and load every kind that can be built; the kinds."""
+    kinds = ["shadow"] + (["frequency"] if packed.frequencies is not None else [])
+    for kind in kinds:
+        load_predictor(drive, packed, kind, build_predictor(drive, packed, kind, progress))
+    return kinds

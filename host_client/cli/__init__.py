@@ -1,0 +1,1 @@
+"""`csd`: the host's command line."""

@@ -1,0 +1,53 @@
+"""The command table and what each kind of failure exits with.
+
+Exit status: 0 done; 2 a command line that does not parse; 3 the model (files, packing); 4 the drive
+or the way to it; 5 a request that cannot be met (budget, quality, context); 130 interrupted.
+"""
+
+import sys
+
+import typer
+
+from host_client.cli import bench_commands, drive_commands, model_commands, predictor_commands
+from host_client.cli.console import err
+from host_client.driver import DriveError
+from host_client.io import ReaderError
+from host_client.model.errors import ModelError
+from host_client.runtime.checksums import UnitCorrupt
+from host_client.runtime.refusals import RequestRefused
+
+EXIT_MODEL, EXIT_DRIVE, EXIT_REQUEST, EXIT_INTERRUPTED = 3, 4, 5, 130
+
+app = typer.Typer(
+    help="LLM inference from a computational storage drive.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(model_commands.pack)
+app.command()(model_commands.models)
+app.command()(model_commands.remove)
+app.command()(model_commands.plan)
+app.command()(model_commands.generate)
+app.command()(drive_commands.identify)
+app.command()(drive_commands.log)
+app.add_typer(predictor_commands.app, name="predictor")
+app.add_typer(bench_commands.app, name="bench")
+
+
+def main() -> None:
+    """Entry point of `csd`."""
+    try:
+        app()
+    except ModelError as error:
+        _fail(error, EXIT_MODEL)
+    except (DriveError, ReaderError, UnitCorrupt) as error:
+        _fail(error, EXIT_DRIVE)
+    except RequestRefused as error:
+        _fail(error, EXIT_REQUEST)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _fail(error: Exception, status: int) -> None:
+    err.print(f"[bold red]error:[/] {error}", soft_wrap=True, markup=True)
+    sys.exit(status)

@@ -1,0 +1,192 @@
+"""`csd pack`, `models`, `remove`, `plan` and `generate`."""
+
+import json
+import time as host_time
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils import logging as transformers_logging
+
+from csd_protocol.packed import PackedModel
+from csd_protocol.units import format_size
+from host_client.calibrate.preparation import calibrate, load_predictors
+from host_client.cli import reports
+from host_client.cli.console import TimeMode, err, open_drive, out, progress_bytes, progress_count
+from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
+from host_client.driver import Drive
+from host_client.io.opening import Kind as ReaderKind
+from host_client.model.catalog import list_models, open_model, remove_model
+from host_client.model.checkpoint import Dtype
+from host_client.model.packer import pack as pack_checkpoint
+from host_client.model.source import Source, open_checkpoint, resolve_source
+from host_client.runtime.causal_lm import (
+    LOOKAHEAD_DEFAULT,
+    CsdModelForCausalLM,
+    name_on_drive,
+    runtime_of,
+)
+from host_client.runtime.generate import generate as run_generation
+from host_client.runtime.generate import prompt_ids
+from host_client.runtime.plan import make_plan, parse_budget
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside (or inside) a source's weights."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source.folder, gguf_file=source.gguf_file
+    )
+    return tokenizer
+
+
+def pack(
+    model: Model,
+    drive: DriveAddress = None,
+    time: Time = TimeMode.VIRTUAL,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="16-bit type on the drive; default: the checkpoint's own.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take a model of the same name off the drive first.")
+    ] = False,
+    calibration: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Count on real text which neurons are wanted, and build the predictors.",
+        ),
+    ] = True,
+    dram: Dram = "100%",
+) -> None:
+    """Pack a model onto the drive: units, checksums, frequencies, predictors."""
+    source = resolve_source(model)
+    with open_drive(drive, time) as opened:
+        with open_checkpoint(source) as checkpoint, progress_bytes("packing") as update:
+            packed = pack_checkpoint(
+                checkpoint,
+                opened,
+                source.name,
+                lambda done, total, what: update(done, total),
+                dtype=dtype,
+                replace=replace,
+            )
+        out.print(
+            f"packed {packed.name}: {packed.unit_count:,} units, "
+            f"{format_size(packed.weights_bytes)} as {packed.dtype}"
+        )
+        if calibration:
+            _prepare(opened, packed, source, dram)
+
+
+def _prepare(drive: Drive, packed: PackedModel, source: Source, dram: str) -> None:
+    """Frequencies and predictors, as far as the drive does not have them yet."""
+    if packed.frequencies is None:
+        with progress_count("calibrating, tokens") as update:
+            packed = calibrate(drive, packed, load_tokenizer(source), dram, update)
+    loaded = {entry["kind"] for entry in drive.programs() if entry["model"] == packed.name}
+    if {"shadow", "frequency"} <= loaded:
+        out.print(f"predictors on the drive: {', '.join(sorted(loaded))}")
+        return
+    with progress_count("building predictors, layers") as update:
+        kinds = load_predictors(drive, packed, update)
+    out.print(f"loaded predictors: {', '.join(kinds)}")
+
+
+def models(drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> None:
+    """List the models on the drive."""
+    with open_drive(drive, time) as opened:
+        entries = list_models(opened)
+    table = Table("name", "state", "size")
+    for entry in entries:
+        table.add_row(entry.name, entry.state, format_size(entry.extent.length_bytes))
+    out.print(table)
+
+
+def remove(model: Model, drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> None:
+    """Take a model off the drive."""
+    with open_drive(drive, time) as opened:
+        remove_model(opened, name_on_drive(model))
+    out.print(f"removed {model}")
+
+
+def plan(
+    model: Model,
+    dram: Dram = "45%",
+    context: Annotated[int, typer.Option(help="Tokens the KV cache has room for.", min=1)] = 512,
+    drive: DriveAddress = None,
+    time: Time = TimeMode.VIRTUAL,
+    as_json: Json = False,
+) -> None:
+    """Print what would be resident and what staged within a budget."""
+    with open_drive(drive, time) as opened:
+        _, packed = open_model(opened, name_on_drive(model))
+    made = make_plan(packed, parse_budget(dram, packed), context)
+    if as_json:
+        typer.echo(json.dumps(reports.plan_object(packed, made)))
+        return
+    out.print(reports.plan_table(packed, made))
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to say to the model.")],
+    dram: Dram = "45%",
+    quality: Annotated[
+        str, typer.Option(help="exact, or the kept fraction of FFN neurons, like 0.5.")
+    ] = "exact",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The prompt as it is, no chat template.")
+    ] = False,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens the KV cache has room for. Default: prompt and answer.", min=1),
+    ] = None,
+    lookahead: Annotated[
+        int, typer.Option(help="Layers ahead that the predictor is asked for.", min=0, max=8)
+    ] = LOOKAHEAD_DEFAULT,
+    reader: Annotated[ReaderKind, typer.Option(help="How the window is read.")] = "auto",
+    drive: DriveAddress = None,
+    time: Time = TimeMode.VIRTUAL,
+    as_json: Json = False,
+) -> None:
+    """Generate text, the weights staged by the drive as they are needed."""
+    source = resolve_source(model)
+    tokenizer = load_tokenizer(source)
+    ids = prompt_ids(tokenizer, prompt, raw)
+    with open_drive(drive, time) as opened:
+        with progress_bytes("loading resident weights") as update:
+            made = CsdModelForCausalLM.from_pretrained(
+                source.name,
+                opened,
+                dram,
+                quality,
+                context=context or ids.shape[1] + max_new_tokens,
+                lookahead=lookahead,
+                reader=reader,
+                audit=True,
+                progress=update,
+            )
+        try:
+            report = run_generation(
+                made,
+                tokenizer,
+                ids,
+                max_new_tokens,
+                host_time.perf_counter_ns,
+                None if as_json else _text_streamer(tokenizer),
+            )
+        finally:
+            runtime_of(made).close()
+        if as_json:
+            typer.echo(report.model_dump_json())
+            return
+        err.print()
+        err.print(reports.generation_table(report, runtime_of(made).plan))
+
+
+def _text_streamer(tokenizer: Any) -> TextStreamer:
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,42 @@
+"""Options that several commands take."""
+
+from typing import Annotated
+
+import typer
+
+from host_client.cli.console import TimeMode
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder (safetensors), a .gguf file, or smollm2-135m.",
+    ),
+]
+DriveAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--drive",
+        metavar="ADDRESS",
+        help="unix:PATH, tcp:HOST:PORT or HOST:PORT. Default: $CSD_DRIVE, else an embedded drive "
+        "whose media lies in the user's cache folder.",
+    ),
+]
+Time = Annotated[
+    TimeMode,
+    typer.Option(
+        "--time",
+        help="How an embedded drive keeps time: wall (completions are held until they are due), "
+        "virtual (nothing waits, times are modelled) or off.",
+    ),
+]
+Dram = Annotated[
+    str,
+    typer.Option(
+        "--dram",
+        metavar="SIZE",
+        help="Host memory for weights, staging buffers and KV cache: 5GiB, 120MB, or a share of "
+        "the model's 16-bit weights such as 45%.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

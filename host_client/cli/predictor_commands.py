@@ -1,0 +1,76 @@
+"""`csd predictor`: build programs from a packed model and load them onto the drive."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from csd_protocol.units import format_size
+from host_client.calibrate.predictor import load_predictor
+from host_client.calibrate.preparation import build_predictor
+from host_client.cli.console import TimeMode, open_drive, out, progress_count
+from host_client.cli.options import DriveAddress, Model, Time
+from host_client.model.catalog import open_model
+from host_client.runtime.causal_lm import name_on_drive
+
+app = typer.Typer(help="Predictors: build, load and list the programs on the drive.")
+
+
+class Kind(StrEnum):
+    SHADOW = "shadow"
+    FREQUENCY = "frequency"
+
+
+@app.command()
+def build(
+    kind: Kind,
+    model: Model,
+    drive: DriveAddress = None,
+    time: Time = TimeMode.VIRTUAL,
+    to: Annotated[
+        Path | None, typer.Option(help="Write the program file here instead of loading it.")
+    ] = None,
+) -> None:
+    """Build a predictor for a packed model, and load it unless --to says where to put it."""
+    with open_drive(drive, time) as opened:
+        _, packed = open_model(opened, name_on_drive(model))
+        with progress_count(f"building {kind.value}") as update:
+            data = build_predictor(opened, packed, kind.value, update)
+        if to is not None:
+            to.write_bytes(data)
+            out.print(f"wrote {to} ({format_size(len(data))})")
+            return
+        number = load_predictor(opened, packed, kind.value, data)
+    out.print(f"loaded {kind.value} for {packed.name} as program {number}")
+
+
+@app.command()
+def load(
+    file: Annotated[Path, typer.Argument(help="A program file.", exists=True, dir_okay=False)],
+    program: Annotated[int, typer.Option(help="Program identifier, 0 to 255.", min=0, max=255)],
+    drive: DriveAddress = None,
+    time: Time = TimeMode.VIRTUAL,
+) -> None:
+    """Load and activate a program file."""
+    with open_drive(drive, time) as opened:
+        opened.load_program(program, file.read_bytes(), activate=True)
+    out.print(f"loaded {file} as program {program}")
+
+
+@app.command("list")
+def list_programs(drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> None:
+    """List the programs on the drive."""
+    with open_drive(drive, time) as opened:
+        programs = opened.programs()
+    table = Table("program", "kind", "model", "size", "active")
+    for entry in programs:
+        table.add_row(
+            str(entry["program"]),
+            entry["kind"],
+            entry["model"],
+            format_size(entry["bytes"]),
+            "yes" if entry["active"] else "no",
+        )
+    out.print(table)

@@ -1,0 +1,138 @@
+"""Tables and JSON objects of what a plan keeps and what a run did."""
+
+from typing import Any
+
+from rich.table import Table
+
+from csd_protocol.packed import PackedModel, Role
+from csd_protocol.units import format_ns, format_size
+from host_client.runtime.generate import GenerationReport
+from host_client.runtime.plan import BUFFERS, Plan, head_site
+
+
+def plan_object(packed: PackedModel, plan: Plan) -> dict[str, Any]:
+    """A plan with stable keys; sizes in bytes."""
+    return {
+        "model": packed.name,
+        "dram_budget_bytes": plan.budget_bytes,
+        "weights_bytes_16bit": plan.weights_bytes,
+        "total_bytes": plan.total_bytes,
+        "resident_bytes": plan.resident_bytes,
+        "staging_buffer_bytes": BUFFERS * plan.buffer_bytes,
+        "fetch_buffer_bytes": plan.fetch_buffer_bytes,
+        "kv_cache_bytes": plan.kv_bytes,
+        "table_bytes": plan.table_bytes,
+        "context": plan.context,
+        "staged_bytes_per_token": plan.staged_bytes_per_token,
+        "resident": {
+            role.value: {"units": kept, "of": count}
+            for role, (kept, count) in _by_role(packed, plan).items()
+        },
+    }
+
+
+def plan_table(packed: PackedModel, plan: Plan) -> Table:
+    table = Table(
+        "part",
+        "resident",
+        "of",
+        "",
+        title=f"{packed.name} within {format_size(plan.budget_bytes)}",
+        title_justify="left",
+    )
+    for role, (kept, count) in _by_role(packed, plan).items():
+        table.add_row(_describe(packed, role), f"{kept:,}", f"{count:,}", _bar(kept / count))
+    table.add_section()
+    for name, size in (
+        ("resident weights", plan.resident_bytes),
+        (f"{BUFFERS} staging buffers", BUFFERS * plan.buffer_bytes),
+        ("fetch buffer and tables", plan.fetch_buffer_bytes + plan.table_bytes),
+        (f"KV cache, {plan.context} tokens", plan.kv_bytes),
+        ("in all", plan.total_bytes),
+        ("all weights at 16 bits", plan.weights_bytes),
+        ("staged a token (exact)", plan.staged_bytes_per_token),
+    ):
+        table.add_row(name, format_size(size), "", _bar(size / plan.weights_bytes))
+    return table
+
+
+def generation_table(report: GenerationReport, plan: Plan) -> Table:
+    share = report.host_weights_peak_bytes / report.weights_bytes_16bit
+    drive = report.drive
+    table = Table(show_header=False, title="what it took", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    rows = [
+        ("speed", f"{report.tokens_per_s:.1f} tokens/s, prefill {report.prefill_s:.2f} s"),
+        (
+            "host memory for weights",
+            (
+                f"{format_size(report.host_weights_peak_bytes)}, {share:.0%} of "
+                f"{format_size(report.weights_bytes_16bit)} at 16 bits (resident "
+                f"{format_size(report.resident_bytes)})"
+            ),
+        ),
+        ("process, peak", format_size(report.host_peak_rss_bytes)),
+        (
+            "staged",
+            (
+                f"{format_size(report.staged_bytes_per_token)} a token; {drive.units_staged:,} "
+                f"units in {drive.commands:,} commands, read with {report.reader}"
+            ),
+        ),
+        ("predicted", _predicted(report)),
+        (
+            "drive",
+            f"{drive.nand_page_reads:,} NAND pages; {drive.units_from_dram:,} units from its DRAM",
+        ),
+        (
+            "drive time, modelled",
+            (
+                f"NAND {format_ns(drive.nand_ns)}, program {format_ns(drive.program_ns)}, DRAM "
+                f"{format_ns(drive.dram_ns)}, link {format_ns(drive.link_ns)}"
+            ),
+        ),
+        ("host waited for the drive", f"{report.host_wait_s:.2f} s"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _predicted(report: GenerationReport) -> str:
+    if report.predictor is None:
+        return "nothing: exact quality needs every neuron, and stages all that are not resident"
+    recall = "not measured" if report.recall is None else f"{report.recall:.0%}"
+    return (
+        f"{report.quality} of the neurons kept by the drive's {report.predictor} program; recall "
+        f"{recall} of what the true input wanted"
+    )
+
+
+def _by_role(packed: PackedModel, plan: Plan) -> dict[Role, tuple[int, int]]:
+    """Units resident and in all, by role, in the order of the drive."""
+    sums: dict[Role, tuple[int, int]] = {}
+    for site in packed.sites:
+        kept, count = sums.get(site.role, (0, 0))
+        sums[site.role] = (kept + plan.resident_units[site.site], count + site.count)
+    return sums
+
+
+def _describe(packed: PackedModel, role: Role) -> str:
+    names = {
+        Role.EMBED: "embedding rows",
+        Role.LM_HEAD: "output head rows",
+        Role.NORMS: "norms",
+        Role.FINAL_NORM: "final norm",
+        Role.KV: "key and value projections",
+        Role.HEADS: "KV groups of heads",
+        Role.FFN: "FFN neurons",
+    }
+    if role is Role.EMBED and head_site(packed).role is Role.EMBED:
+        return "embedding and output head rows (tied)"
+    return names[role]
+
+
+def _bar(share: float, width: int = 20) -> str:
+    filled = min(width, round(share * width))
+    return "█" * filled + "░" * (width - filled) + f" {share:4.0%}"

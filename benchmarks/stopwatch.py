@@ -1,0 +1,18 @@
+"""The one place where benchmarks read a clock."""
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = perf_counter()
+    work()
+    return perf_counter() - start
+
+
+def median_s(work: Callable[[], object], repeats: int) -> float:
+    """Median duration of `repeats` calls, after one that does not count."""
+    work()
+    return median(seconds_of(work) for _ in range(repeats))

@@ -1,0 +1,96 @@
+"""Drives as data: presets load, contradictions are refused with their figures."""
+
+from pathlib import Path
+
+import pytest
+
+from csd_device.clock import TimeMode, VirtualClock, WallClock
+from csd_device.config import DriveConfig, Link, load_config, preset_names
+from csd_device.errors import ConfigRefused
+from csd_protocol.units import GIB, MIB
+
+
+def _changed(tmp_path: Path, old: str, new: str) -> str:
+    text = (Path(__file__).parents[2] / "csd_device/presets/tiny.toml").read_text()
+    assert old in text
+    path = tmp_path / "drive.toml"
+    path.write_text(text.replace(old, new))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["cloud-4x-gen5", "edge-gen5", "end-gen4", "tiny"])
+def test_preset_loads(name: str) -> None:
+    config = load_config(name)
+    assert config.name == name
+    assert config.capacity_bytes < config.geometry.raw_bytes
+    assert config.mapping_bytes == config.capacity_bytes // 1024
+
+
+def test_device_classes_reach_their_bandwidth() -> None:
+    for name, bytes_per_s in (("cloud-4x-gen5", 56e9), ("edge-gen5", 14e9), ("end-gen4", 7e9)):
+        config = load_config(name)
+        seconds = config.link.transfer_ns(1 * GIB) / 1e9
+        assert GIB / seconds == pytest.approx(bytes_per_s, rel=0.03)
+        buses = config.geometry.channels * config.timing.channel_bytes_per_s
+        assert buses > bytes_per_s
+
+
+def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
+    path = _changed(tmp_path, '"32 MiB"', '"8 MiB"')
+    assert load_config(path).dram.window_bytes == 8 * MIB
+
+
+@pytest.mark.parametrize(
+    "old, new, reason",
+    [
+        ('"32 MiB"', '"1 GiB"', r"DRAM of 64.0 MiB is less than .* window 1.0 GiB"),
+        ('"32 MiB"', "1000", "no multiple of 4096"),
+        ('"32 MiB"', '"much"', "dram.window_bytes: .*not a size"),
+        ("channels = 8", "channels = 0", "geometry.channels: .*greater than 0"),
+        ("channels = 8", "channel = 8", "geometry.channel: Extra inputs"),
+        ('page_bytes = "16 KiB"', "page_bytes = 5000", "page_bytes = 5000 is no multiple"),
+        ("over_provisioning = 0.10", "over_provisioning = 0.001", "two superblocks of 4.0 MiB"),
+        ("blocks_per_plane = 288", "blocks_per_plane = 99_999_999", "16 TiB"),
+        ('name = "tiny"', "name = tiny", "not TOML"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, old: str, new: str, reason: str) -> None:
+    with pytest.raises(ConfigRefused, match=reason):
+        load_config(_changed(tmp_path, old, new))
+
+
+def test_unknown_name_lists_presets() -> None:
+    with pytest.raises(ConfigRefused, match="edge-gen5"):
+        load_config("no-such-drive")
+    assert "tiny" in preset_names()
+
+
+def test_sections_are_frozen(tmp_path: Path) -> None:
+    config: DriveConfig = load_config("tiny")
+    with pytest.raises(ValueError, match="frozen"):
+        config.name = "other"  # type: ignore[misc]
+
+
+def test_link_counts_packet_overhead() -> None:
+    link = Link(
+        bytes_per_s=1_000_000_000, packet_payload_bytes=128, packet_overhead_bytes=28, firmware_ns=0
+    )
+    assert link.transfer_ns(0) == 0
+    assert link.transfer_ns(4096) == 4096 + 32 * 28
+    assert link.transfer_ns(129) == 129 + 2 * 28
+
+
+def test_virtual_clock_jumps_and_never_goes_back() -> None:
+    clock = VirtualClock()
+    assert clock.now_ns() == 0
+    clock.advance_to(500)
+    clock.advance_to(100)
+    assert clock.now_ns() == 500
+
+
+def test_wall_clock_is_monotonic_and_cannot_be_moved() -> None:
+    clock = WallClock()
+    first = clock.now_ns()
+    clock.advance_to(1 << 62)
+    assert first <= clock.now_ns() < 1 << 62
+    assert TimeMode("virtual") is TimeMode.VIRTUAL

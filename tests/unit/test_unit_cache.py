@@ -1,0 +1,130 @@
+"""The unit cache against a dictionary, its eviction, and its counters."""
+
+import numpy as np
+import pytest
+
+from csd_device.dram import UnitCache
+
+MIB = 1 << 20
+
+
+def _data(key: tuple[int, int], units: np.ndarray, unit_bytes: int) -> np.ndarray:
+    """Bytes that name key and unit."""
+    seed = (units.astype(np.int64) * 7 + key[0] * 31 + key[1] * 17)[:, None]
+    return ((seed + np.arange(unit_bytes)) % 251).astype(np.uint8)
+
+
+def _units(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.uint32)
+
+
+def _fetch(cache: UnitCache, key: tuple[int, int], units: np.ndarray, size: int) -> np.ndarray:
+    """Rows of what is cached; checks each against its name. The mask of hits."""
+    slots = cache.lookup(key, units)
+    hit = np.flatnonzero(slots >= 0)
+    out = np.zeros((units.size, size), np.uint8)
+    cache.copy_out(key, slots[hit], out, hit)
+    assert (out[hit] == _data(key, units[hit], size)).all()
+    assert not out[slots < 0].any()
+    return slots >= 0
+
+
+def test_hits_and_misses() -> None:
+    cache = UnitCache(4 * MIB)
+    units = _units(1, 5, 9)
+    assert not _fetch(cache, (1, 0), units, 3456).any()
+    assert cache.insert((1, 0), units, _data((1, 0), units, 3456)) == 3
+    assert _fetch(cache, (1, 0), _units(0, 1, 5, 6, 9, 4000), 3456).tolist() == [
+        False, True, True, False, True, False,
+    ]  # fmt: skip
+    assert not _fetch(cache, (1, 1), units, 3456).any()
+    assert (cache.hits, cache.misses) == (3, 9)
+    assert cache.used_bytes == 3 * 3456
+
+
+def test_what_is_there_is_not_inserted_twice() -> None:
+    cache = UnitCache(4 * MIB)
+    for kept in (2, 0):
+        assert cache.insert((1, 0), _units(3, 4), _data((1, 0), _units(3, 4), 100)) == kept
+    assert cache.used_bytes == 200
+
+
+def test_drop_forgets_one_site_and_drop_model_all_of_one() -> None:
+    cache = UnitCache(4 * MIB)
+    for key in ((1, 0), (1, 1), (2, 0)):
+        cache.insert(key, _units(0, 1), _data(key, _units(0, 1), 64))
+    cache.drop((1, 0))
+    cache.drop((9, 9))
+    assert not _fetch(cache, (1, 0), _units(0, 1), 64).any()
+    assert _fetch(cache, (1, 1), _units(0, 1), 64).all()
+    cache.drop_model(1)
+    assert not _fetch(cache, (1, 1), _units(0, 1), 64).any()
+    assert _fetch(cache, (2, 0), _units(0, 1), 64).all()
+    cache.clear()
+    assert cache.used_bytes == 0
+
+
+def test_hit_units_survive_a_scan() -> None:
+    cache = UnitCache(1 * MIB)  # 256 units
+    hot = np.arange(32, dtype=np.uint32)
+    cache.insert((1, 0), hot, _data((1, 0), hot, 4096))
+    for start in range(1000, 1600, 100):
+        _fetch(cache, (1, 0), hot, 4096)
+        scan = np.arange(start, start + 100, dtype=np.uint32)
+        cache.insert((1, 0), scan, _data((1, 0), scan, 4096))
+    assert _fetch(cache, (1, 0), hot, 4096).all()
+
+
+def test_more_than_fits_keeps_the_first() -> None:
+    cache = UnitCache(1 * MIB)
+    units = np.arange(300, dtype=np.uint32)
+    assert cache.insert((1, 0), units, _data((1, 0), units, 4096)) == 256
+    assert _fetch(cache, (1, 0), units, 4096)[:256].all()
+
+
+def test_all_hit_and_all_replaced() -> None:
+    cache = UnitCache(1 * MIB)
+    first = np.arange(256, dtype=np.uint32)
+    cache.insert((1, 0), first, _data((1, 0), first, 4096))
+    _fetch(cache, (1, 0), first, 4096)
+    other = np.arange(1000, 1256, dtype=np.uint32)
+    assert cache.insert((1, 0), other, _data((1, 0), other, 4096)) == 256
+    assert _fetch(cache, (1, 0), other, 4096).all()
+    assert not _fetch(cache, (1, 0), first, 4096).any()
+
+
+def test_a_new_size_gets_room_from_the_largest() -> None:
+    cache = UnitCache(2 * MIB)
+    units = np.arange(512, dtype=np.uint32)
+    cache.insert((1, 0), units, _data((1, 0), units, 4096))
+    assert cache.insert((1, 1), _units(7), _data((1, 1), _units(7), 1000)) == 1
+    assert _fetch(cache, (1, 1), _units(7), 1000).all()
+    assert not _fetch(cache, (1, 0), units, 4096).any()
+
+
+@pytest.mark.parametrize("capacity", [0, 1000])
+def test_no_capacity_caches_nothing(capacity: int) -> None:
+    cache = UnitCache(capacity)
+    assert cache.insert((1, 0), _units(1), _data((1, 0), _units(1), 64)) == 0
+    assert not _fetch(cache, (1, 0), _units(1), 64).any()
+
+
+def test_a_unit_larger_than_a_slab_is_not_kept() -> None:
+    cache = UnitCache(8 * MIB)
+    assert cache.insert((1, 0), _units(0), np.zeros((1, 2 * MIB), np.uint8)) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_never_gives_wrong_bytes(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cache = UnitCache(4 * MIB)
+    sizes = {(1, 0): 3456, (1, 1): 3456, (1, 2): 20_000, (2, 0): 1152}
+    keys = list(sizes)
+    for _ in range(150):
+        key = keys[rng.integers(len(keys))]
+        units = np.unique(rng.integers(0, 900, rng.integers(1, 300)).astype(np.uint32))
+        hit = _fetch(cache, key, units, sizes[key])
+        cache.insert(key, units[~hit], _data(key, units[~hit], sizes[key]))
+        if rng.random() < 0.05:
+            cache.drop(key)
+        assert cache.used_bytes <= cache.capacity_bytes

@@ -3,10 +3,11 @@
     byte 0          directory, slot 0     one of the two slots is current: the valid one with the
     byte 512 KiB    directory, slot 1     higher generation; a torn write leaves the other
     byte 1 MiB ..   models, one extent each, aligned to 1 MiB:
-                        manifest          JSON, `PackedModel`
+                        manifest          JSON, `PackedModel`; two slots, the directory says which
                         CRC table         uint32 little endian, one a unit, sites in order
                         progress          one logical block while packing, `Progress`
-                        frequencies       uint32 little endian, one a neuron, layers in order
+                        frequencies       uint32 little endian, one a neuron, layers in order;
+                                          two slots, the manifest says which
                         sites             arrays of equal units, each site aligned to a block
 
 A *site* is an array of units of one kind, one layer and one size, so the place of a unit is
@@ -14,9 +15,9 @@ A *site* is an array of units of one kind, one layer and one size, so the place 
 the bytes.
 """
 
-import json
 import struct
 from enum import StrEnum
+from math import prod
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -94,8 +95,13 @@ class Site(_Record):
     parts: tuple[Part, ...] = ()
 
     @property
+    def values(self) -> int:
+        """Values in one unit."""
+        return self.rows * self.cols
+
+    @property
     def unit_bytes(self) -> int:
-        return self.rows * self.cols * VALUE_BYTES
+        return self.values * VALUE_BYTES
 
     @property
     def length_bytes(self) -> int:
@@ -242,6 +248,10 @@ def decode_manifest(data: bytes) -> PackedModel:
     for index, site in enumerate(model.sites):
         if site.site != index or site.first_crc != first_crc:
             raise FormatError(f"manifest of {model.name}: site {site.name} is out of order")
+        if site.offset_bytes % BLOCK_BYTES:
+            raise FormatError(f"manifest of {model.name}: site {site.name} is not on a block")
+        if site.parts and site.values != sum(prod(part.shape) for part in site.parts):
+            raise FormatError(f"manifest of {model.name}: parts of {site.name} do not fill it")
         first_crc += site.count
     if model.crc_table.length_bytes != 4 * first_crc:
         raise FormatError(f"manifest of {model.name}: CRC table does not cover its units")
@@ -256,8 +266,8 @@ def encode_progress(progress: Progress) -> bytes:
 def decode_progress(data: bytes) -> Progress | None:
     """None when nothing valid was written yet."""
     try:
-        return Progress.model_validate(json.loads(_unseal(data, "progress")[1]))
-    except (FormatError, ValueError):
+        return Progress.model_validate_json(_unseal(data, "progress")[1])
+    except (FormatError, ValidationError):
         return None
 
 

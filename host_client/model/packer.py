@@ -59,6 +59,7 @@ Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, what w
 
 CHUNK_BYTES = 4 << 20
 SAVE_EVERY_BYTES = 256 << 20  # what an interruption may cost
+_TILE = 512  # rows of a tensor laid down at once, so that they stay in the processor's cache
 _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -312,16 +313,22 @@ def _chunks(checkpoint: Checkpoint, shape: SiteShape, dtype: torch.dtype) -> Ite
         units = np.empty((stop - start, shape.stack_rows, shape.width), np.uint16)
         first_row = 0
         for piece in shape.pieces:
-            rows = piece.rows_per_unit
-            first, last = start * rows, stop * rows
+            into = units[:, first_row : first_row + piece.rows_per_unit]
+            first, last = start * piece.rows_per_unit, stop * piece.rows_per_unit
             if piece.columns:
-                block = columns[piece.tensor][:, first:last].T
+                _lay_down(columns[piece.tensor][:, first:last], into)
             else:
-                block = _rows_16bit(checkpoint, piece.tensor, first, last, dtype)
-            into = units[:, first_row : first_row + rows]
-            into[...] = block.reshape(into.shape)
-            first_row += rows
+                rows = _rows_16bit(checkpoint, piece.tensor, first, last, dtype)
+                into[...] = rows.reshape(into.shape)
+            first_row += piece.rows_per_unit
         yield units
+
+
+def _lay_down(columns: U16, into: U16) -> None:
+    """Columns [width, units * rows] as rows `into` [units, rows, width], a tile at a time."""
+    for start in range(0, columns.shape[0], _TILE):
+        tile = columns[start : start + _TILE]
+        into[..., start : start + _TILE] = tile.T.reshape(*into.shape[:2], -1)
 
 
 def _read_16bit(checkpoint: Checkpoint, piece: Piece, dtype: torch.dtype) -> U16:

@@ -185,6 +185,8 @@ def _read_header(file: TensorFile) -> tuple[bytes, dict[str, StoredTensor]]:
 def _stored(file: TensorFile, data_start: int, name: str, entry: dict[str, Any]) -> StoredTensor:
     shape = tuple(int(size) for size in entry["shape"]) or (1,)
     begin, end = entry["data_offsets"]
+    if min(shape) < 0:
+        raise file.torn(f"tensor {name} has the shape {shape}")
     if not 0 <= begin <= end or data_start + end > file.size_bytes:
         raise file.torn(f"tensor {name} needs bytes up to {data_start + end}")
     row_bytes = (end - begin) // max(shape[0], 1)

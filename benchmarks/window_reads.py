@@ -18,7 +18,7 @@ from statistics import median
 from benchmarks.ratio import Ratio
 from benchmarks.stopwatch import seconds_of
 from csd_protocol.units import MIB
-from host_client.io import Buffer, Extent, Reader, open_reader
+from host_client.io import Buffer, Extent, Reader, Ticket, open_reader
 
 FLOOR = 0.9
 DEPTH = 4  # reads under way at once, on both sides
@@ -61,10 +61,9 @@ def _ours(reader: Reader, size: int, file_bytes: int) -> Callable[[], float]:
     passes = 4  # over the file: long enough for the clock, short enough for many rounds
 
     def read_all() -> None:
-        under_way = deque()
-        for number, slot in zip(
-            islice(cycle(range(count)), passes * count), cycle(range(DEPTH)), strict=False
-        ):
+        numbers, slots = islice(cycle(range(count)), passes * count), cycle(range(DEPTH))
+        under_way: deque[Ticket] = deque()
+        for number, slot in zip(numbers, slots, strict=False):
             if len(under_way) == DEPTH:
                 reader.wait(under_way.popleft())
             under_way.append(reader.submit([Extent(number * size, size, buffer, slot * size)]))

@@ -1,4 +1,4 @@
-"""The benchmarks run at their tiny size: figures mean nothing here, but that there are some does."""
+"""The benchmarks run at their tiny size: what counts here is that there are figures."""
 
 import json
 import shutil

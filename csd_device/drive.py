@@ -31,6 +31,7 @@ from csd_device.nand import Timeline
 from csd_protocol.status import Status
 
 SHARED_MEMORY = Path("/dev/shm")
+HOST_ID_MAX = 256  # characters
 _MAPPING = "mapping"
 _PROGRAMS_FOLDER = "programs"
 
@@ -104,13 +105,15 @@ class Drive:
     def connect(self, host_name: str, host_id: str, queue_depth: int = 0) -> QueuePair:
         """A new queue pair. `queue_depth` 0 is the most that there is, as is anything above.
 
-        Raises CommandError: Invalid Field without a host identifier, Submission Queue Full when the
+        Raises CommandError: Invalid Field without a host identifier or with an endless one, Submission Queue Full when the
         drive has no queue pair left.
         """
         queues = self._controller.config.queues
-        if not host_id or queue_depth < 0:
+        if not 0 < len(host_id) <= HOST_ID_MAX or queue_depth < 0:
             raise CommandError(
-                Status.INVALID_FIELD, f"host identifier {host_id!r}, queue depth {queue_depth}"
+                Status.INVALID_FIELD,
+                f"a host identifier of {len(host_id)} characters, queue depth {queue_depth}; "
+                f"1 to {HOST_ID_MAX} characters, and 0 or more",
             )
         self._forget_closed()
         if len(self._queues) >= queues.max_queues:

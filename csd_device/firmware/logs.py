@@ -4,11 +4,12 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from csd_device.firmware.commands import StageResult, Timing
+from csd_device.firmware.commands import StagedSite, StageResult, Timing
 from csd_protocol.status import Status
 
 ERROR_ENTRIES_MAX = 64
 STAGE_ENTRIES_MAX = 256
+_SITE_FIELDS = ("site", "units", "units_from_dram", "nand_page_reads", "length_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class _StageEntry:
     host: str
     model: int
     token: int | None  # None: STAGE has none
-    result: StageResult
+    sites: tuple[tuple[int, ...], ...]  # `_SITE_FIELDS` of each; no arrays, they would add up
     timing: Timing
 
 
@@ -96,7 +97,8 @@ class StageLog:
     def add(
         self, host: str, model: int, token: int | None, result: StageResult, timing: Timing
     ) -> None:
-        self._entries.appendleft(_StageEntry(host, model, token, result, timing))
+        sites = tuple(_site_figures(site) for site in result.sites)
+        self._entries.appendleft(_StageEntry(host, model, token, sites, timing))
         totals = self.totals
         totals.commands += 1
         for site in result.sites:
@@ -120,20 +122,21 @@ class StageLog:
         }
 
 
+def _site_figures(site: StagedSite) -> tuple[int, ...]:
+    return (
+        site.site,
+        site.unit_count,
+        site.units_from_dram,
+        site.nand_page_reads,
+        site.length_bytes,
+    )
+
+
 def _describe(entry: _StageEntry) -> dict[str, Any]:
     return {
         "host": entry.host,
         "model": entry.model,
         "token": entry.token,
-        "sites": [
-            {
-                "site": site.site,
-                "units": site.unit_count,
-                "units_from_dram": site.units_from_dram,
-                "nand_page_reads": site.nand_page_reads,
-                "length_bytes": site.length_bytes,
-            }
-            for site in entry.result.sites
-        ],
+        "sites": [dict(zip(_SITE_FIELDS, figures, strict=True)) for figures in entry.sites],
         "timing": asdict(entry.timing),
     }

@@ -2,7 +2,7 @@
 
 from csd_device.config import SECTOR_BYTES
 from csd_device.dram import Arena, UnitCache, Window
-from csd_device.errors import CommandError
+from csd_device.errors import CommandError, DriveRefused
 from csd_device.firmware.controller import Controller
 from csd_protocol.status import Status
 
@@ -14,7 +14,8 @@ def divide_memory(controller: Controller, window_bytes: int, unit_cache_bytes: i
     """Makes window and unit cache anew with these sizes; the window's file is another one then.
 
     Raises CommandError: Memory Range Set In Use while a host holds leases, Invalid Field for a
-    window that is no whole number of 4096 bytes, On-Drive DRAM Exceeded with figures.
+    window that is no whole number of 4096 bytes, On-Drive DRAM Exceeded with figures, also when the
+    shared memory of the machine is too small for the window.
     """
     stager = controller.stager
     if stager.window.lease_count:
@@ -28,10 +29,16 @@ def divide_memory(controller: Controller, window_bytes: int, unit_cache_bytes: i
             f"window of {window_bytes} bytes, unit cache of {unit_cache_bytes}: the window must be "
             f"a positive multiple of {SECTOR_BYTES}",
         )
+    before = stager.window.size_bytes, stager.cache.capacity_bytes
     _resize(controller.arena, window_bytes, unit_cache_bytes)
     path = stager.window.path
     stager.window.close()
-    stager.window = Window(path, window_bytes)
+    try:
+        stager.window = Window(path, window_bytes)
+    except DriveRefused as error:  # shared memory is too small; what was there fits
+        _resize(controller.arena, *before)
+        stager.window = Window(path, before[0])
+        raise CommandError(Status.DRAM_EXCEEDED, str(error)) from error
     stager.cache = UnitCache(unit_cache_bytes)
 
 

@@ -15,6 +15,7 @@ from csd_device.errors import CommandError
 from csd_device.firmware.modelled_time import CommandTime
 from csd_device.ftl import Ftl
 from csd_protocol.packed import (
+    BLOCK_BYTES,
     DIRECTORY_SLOT_BYTES,
     DIRECTORY_SLOTS,
     MODELS_OFFSET_BYTES,
@@ -29,10 +30,12 @@ from csd_protocol.packed import (
     decode_manifest,
 )
 from csd_protocol.status import Status
+from csd_protocol.units import format_size
 
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 
+MANIFEST_BYTES_MAX = 64 << 20  # hosts write manifests: what one may make the firmware read
 SITE_ENTRY_BYTES = 64  # of on-drive DRAM, in the firmware's own site table; assumed
 
 
@@ -136,6 +139,12 @@ class ModelCatalog:
             raise _no_model(str(error)) from error
 
     def _load(self, entry: DirectoryEntry, time: CommandTime) -> LoadedModel:
+        if entry.manifest.length_bytes > MANIFEST_BYTES_MAX:
+            raise _no_model(
+                f"model {entry.model} ({entry.name}): a manifest of "
+                f"{format_size(entry.manifest.length_bytes)}; "
+                f"{format_size(MANIFEST_BYTES_MAX)} is the most"
+            )
         try:
             manifest = decode_manifest(self._read(entry.manifest, time).tobytes())
         except FormatError as error:
@@ -165,7 +174,7 @@ class ModelCatalog:
                 )
 
     def _read(self, extent: Extent, time: CommandTime) -> U8:
-        if extent.offset_bytes + extent.length_bytes > self._ftl.capacity_sectors * 4096:
+        if extent.offset_bytes + extent.length_bytes > self._ftl.capacity_sectors * BLOCK_BYTES:
             raise _no_model(f"bytes from {extent.offset_bytes} lie beyond the namespace")
         data = np.empty(extent.length_bytes, np.uint8)
         time.read_pages(self._ftl.read(extent.offset_bytes, data))

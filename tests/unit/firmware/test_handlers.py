@@ -230,3 +230,20 @@ def test_writes_survive_a_restart(open_drive, make_host):
     host.ok(c.Write(3, data_of(4), fua=True))
     drive.close()
     assert read(make_host(open_drive()), 3) == data_of(4)
+
+
+def test_a_window_that_shared_memory_cannot_hold_leaves_the_old_one(host, monkeypatch):
+    from csd_device.errors import DriveRefused
+    from csd_device.firmware import memory_ranges
+
+    real, before = memory_ranges.Window, host.drive.window_bytes
+
+    def refusing(path, size_bytes):
+        if size_bytes != before:
+            raise DriveRefused("no room")
+        return real(path, size_bytes)
+
+    monkeypatch.setattr(memory_ranges, "Window", refusing)
+    assert host.run(c.MemoryRangeSet(1 << 20, 0)).status is Status.DRAM_EXCEEDED
+    assert host.drive.window_path.stat().st_size == before
+    assert identify(host, 0xC0)["dram"]["window"] == before

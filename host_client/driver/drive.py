@@ -4,14 +4,16 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 
 from csd_protocol.address import parse_address
+from csd_protocol.csd.v1 import csd_pb2 as pb
 from csd_protocol.opcodes import Cns
 from host_client.driver import entries
 from host_client.driver.commands import F32, U32, Residency, Staged, StageTarget
@@ -24,8 +26,10 @@ from host_client.driver.queue_pair import PendingCommand, QueuePair
 _LOG = logging.getLogger(__name__)
 
 _PROGRAM_CHUNK_BYTES = 1 << 20
+_TRANSFERS_IN_FLIGHT = 4
 _ALIVE_TIMEOUT_S = 1.0
 
+T = TypeVar("T")
 TimeMode = Literal["wall", "virtual", "off"]
 PendingStage = PendingCommand[Staged]
 
@@ -137,12 +141,11 @@ class Drive:
         """Any range of the namespace; whole blocks move. Never-written blocks read as zeroes."""
         first = offset_bytes // self.block_bytes
         stop = -(-(offset_bytes + length_bytes) // self.block_bytes)
-        pending = [
-            self._queue.submit(entries.read(start, min(step, stop - start)), entries.data_of)
-            for step in [self.transfer_bytes_max // self.block_bytes]
-            for start in range(first, stop, step)
-        ]
-        data = b"".join([command.result() for command in pending])
+        step = self.transfer_bytes_max // self.block_bytes
+        commands = (
+            entries.read(start, min(step, stop - start)) for start in range(first, stop, step)
+        )
+        data = b"".join(self._pipelined(commands, entries.data_of))
         skip = offset_bytes - first * self.block_bytes
         return data[skip : skip + length_bytes]
 
@@ -155,13 +158,13 @@ class Drive:
         """
         view = memoryview(data).cast("B")
         self._check_aligned(offset_bytes, len(view))
-        step = self.transfer_bytes_max
-        pending = [
-            self._write_blocks(offset_bytes + start, bytes(view[start : start + step]), fua)
+        slba, step = offset_bytes // self.block_bytes, self.transfer_bytes_max
+        commands = (
+            entries.write(slba + start // self.block_bytes, bytes(view[start : start + step]), fua)
             for start in range(0, len(view), step)
-        ]
-        for command in pending:
-            command.result()
+        )
+        for _ in self._pipelined(commands, entries.nothing):
+            pass
 
     def flush(self) -> None:
         """What was written before is durable when this returns."""
@@ -177,17 +180,14 @@ class Drive:
 
     def load_program(self, program: int, data: bytes, activate: bool = True) -> None:
         """Loads a program file (csd_protocol.program_file) under an identifier, 0 to 255."""
-        pending = [
-            self._queue.submit(
-                entries.load_program(
-                    program, len(data), start, data[start : start + _PROGRAM_CHUNK_BYTES]
-                ),
-                entries.nothing,
+        commands = (
+            entries.load_program(
+                program, len(data), start, data[start : start + _PROGRAM_CHUNK_BYTES]
             )
             for start in range(0, len(data), _PROGRAM_CHUNK_BYTES)
-        ]
-        for command in pending:
-            command.result()
+        )
+        for _ in self._pipelined(commands, entries.nothing):
+            pass
         if activate:
             self.activate_program(program)
 
@@ -298,9 +298,17 @@ class Drive:
         answer: dict[str, Any] = self._queue.submit(command, entries.json_of).result()
         return answer
 
-    def _write_blocks(self, offset_bytes: int, data: bytes, fua: bool) -> PendingCommand[None]:
-        command = entries.write(offset_bytes // self.block_bytes, data, fua)
-        return self._queue.submit(command, entries.nothing)
+    def _pipelined(
+        self, commands: Iterable[Command], interpret: Callable[[pb.CompletionEntry], T]
+    ) -> Iterator[T]:
+        """Answers in order, a few commands in flight: room and memory for others stay free."""
+        in_flight: deque[PendingCommand[T]] = deque()
+        for command in commands:
+            if len(in_flight) == _TRANSFERS_IN_FLIGHT:
+                yield in_flight.popleft().result()
+            in_flight.append(self._queue.submit(command, interpret))
+        while in_flight:
+            yield in_flight.popleft().result()
 
     def _check_aligned(self, offset_bytes: int, length_bytes: int) -> None:
         if offset_bytes % self.block_bytes or length_bytes % self.block_bytes:

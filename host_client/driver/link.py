@@ -24,6 +24,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),  # a daemon that came back is found soon
+    ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.use_local_subchannel_pool", 1),

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
 from types import TracebackType
@@ -92,7 +93,8 @@ def pack(
     job = (
         _begin(storage, draft, shapes) if entry is None else _resume(storage, draft, shapes, entry)
     )
-    _write_sites(job, checkpoint, progress or _ignore, save_every_bytes)
+    with _one_torch_thread():
+        _write_sites(job, checkpoint, progress or _ignore, save_every_bytes)
     return _finish(job)
 
 
@@ -210,11 +212,24 @@ def _save(job: _Job, next_site: int) -> None:
     job.storage.write(job.model.crc_table.offset_bytes, pad(table))
     job.storage.flush()
     _write_progress(job, next_site)
+    job.storage.flush()
 
 
 def _write_progress(job: _Job, next_site: int) -> None:
     record = ProgressRecord(fingerprint=job.model.fingerprint, next_site=next_site)
     job.storage.write(job.layout.progress.offset_bytes, encode_progress(record))
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Conversions are short and bound by memory: a second thread mostly spins, on a core that the
+    drive's daemon could use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _ignore(done_bytes: int, total_bytes: int, what: str) -> None:

@@ -1,6 +1,9 @@
 """Reading the window: our reader over fio's io_uring engine on the same file, same sizes and depth.
 
-Rounds of both alternate, so that what else the machine does falls on both; medians are compared.
+Rounds of all alternate, so that what else the machine does falls on all; medians are compared. fio
+reads a tmpfs file inside its submitting call, on one core; with force_async in kernel workers, as
+our reader does. We are held to the faster of the two. On a machine that is busy with other work the
+figures flatter whoever has more threads: judge them on an idle one.
 Where fio is not installed the reference is preadv in one thread.
 """
 
@@ -39,20 +42,31 @@ def run(tiny: bool) -> list[Ratio]:
 
 
 def _compare(reader: Reader, path: Path, size: int, file_bytes: int, rounds: int) -> Ratio:
-    fio = shutil.which("fio")
-    reference = _fio(fio, path, size, file_bytes) if fio else _preadv(path, size, file_bytes)
-    ours = _ours(reader, size, file_bytes)
-    ours()  # the first touch of buffers does not count; fio has its own warm-up
-    rates = [(ours(), reference()) for _ in range(rounds)]
+    ours, references = _ours(reader, size, file_bytes), _references(path, size, file_bytes)
+    ours()  # the first touch of buffers does not count
+    rates = [(ours(), *(measure() for measure in references.values())) for _ in range(rounds)]
+    ours_median, *medians = (median(column) for column in zip(*rates, strict=True))
+    fastest = max(zip(medians, references, strict=True))
     return Ratio(
         name=f"window reads of {size // MIB} MiB",
-        ours=median(rate for rate, _ in rates),
-        reference=median(rate for _, rate in rates),
+        ours=ours_median,
+        reference=fastest[0],
         unit="GB/s",
         floor=FLOOR,
-        against="fio, io_uring engine" if fio else "preadv, one thread (no fio here)",
+        against=fastest[1],
         notes=f"{reader.name}, {DEPTH} reads under way, tmpfs",
     )
+
+
+def _references(path: Path, size: int, file_bytes: int) -> dict[str, Callable[[], float]]:
+    """By name; the fastest is what we are held to."""
+    fio = shutil.which("fio")
+    if fio is None:
+        return {"preadv, one thread (no fio here)": _preadv(path, size, file_bytes)}
+    return {
+        "fio, io_uring engine": _fio(fio, path, size, file_bytes),
+        "fio, io_uring engine, force_async": _fio(fio, path, size, file_bytes, "--force_async=1"),
+    }
 
 
 def _ours(reader: Reader, size: int, file_bytes: int) -> Callable[[], float]:
@@ -73,11 +87,12 @@ def _ours(reader: Reader, size: int, file_bytes: int) -> Callable[[], float]:
     return lambda: passes * count * size / seconds_of(read_all) / 1e9
 
 
-def _fio(fio: str, path: Path, size: int, file_bytes: int) -> Callable[[], float]:
+def _fio(fio: str, path: Path, size: int, file_bytes: int, *options: str) -> Callable[[], float]:
     command = [
         *(fio, "--name=window", f"--filename={path}", "--readonly", "--rw=read"),
         *("--ioengine=io_uring", f"--iodepth={DEPTH}", f"--bs={size}", f"--size={file_bytes}"),
-        *("--loops=4", "--output-format=json", "--invalidate=0"),
+        *("--time_based", "--ramp_time=200ms", "--runtime=400ms"),
+        *("--output-format=json", "--invalidate=0", *options),
     ]
 
     def measure() -> float:

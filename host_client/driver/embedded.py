@@ -5,6 +5,7 @@ process ends, also by kill -9, the daemon sees the end of file and stops cleanly
 """
 
 import atexit
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ class Daemon:
         self.pid = process.pid
         self._process = process
         self._folder = folder
+        self._window: Path | None = None
         atexit.register(self.stop)
 
     @classmethod
@@ -64,6 +66,8 @@ class Daemon:
             if pipe is not None:
                 pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._window is not None:
+            _remove_orphan(self._window)
 
     def _await_ready(self, timeout_s: float) -> None:
         """Its first line says that it serves; the end of its output that it will not."""
@@ -81,6 +85,7 @@ class Daemon:
         if not lines[0]:
             self._process.wait()
             raise DriveUnavailable(f"the daemon did not start{self._said()}")
+        self._window = Path(lines[0].decode().rpartition(", window ")[2].strip())
 
     def _said(self) -> str:
         text = (self._folder / "stderr").read_text(errors="replace").strip()
@@ -98,6 +103,16 @@ def _command_line(folder: Path, media: Path, drive: str, time: str) -> list[str]
         *("--drive", drive, "--media", str(media), "--time", time),
         *("--listen", _socket_address(folder), "--stop-with-stdin"),
     ]
+
+
+def _remove_orphan(window: Path) -> None:
+    """Removes the window of a daemon that was killed; one that a daemon holds locked stays."""
+    try:
+        with window.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            window.unlink(missing_ok=True)
+    except (FileNotFoundError, BlockingIOError):
+        return
 
 
 def _read_line(pipe: IO[bytes], lines: list[bytes]) -> None:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _RETRIES_MAX = 4
 _RETRY_FIRST_S = 0.002  # doubles with each attempt
+_CLOSED = "closed by this host"
 _NO_MORE = -1  # in the queue of free CIDs: the queue pair has ended
 
 
@@ -109,6 +110,7 @@ class QueuePair:
         self._free: SimpleQueue[int] = SimpleQueue()
         self._lock = threading.Lock()
         self._lost_reason: str | None = None
+        self._closing = False
         self._here = threading.local()  # .receiving: this thread must never wait for room
         # Never among the free ones: Connect's first, then kept so that a full queue can be aborted.
         self._reserved_cid = 0
@@ -157,8 +159,9 @@ class QueuePair:
 
     def close(self) -> None:
         """Ends the queue pair; what is still pending fails with DriveLost."""
-        self._lose("closed by this host")
+        self._closing = True
         self._lane.close()
+        self._lose(_CLOSED)
 
     def _connect(self, command: Command) -> pb.ConnectResult:
         pending = PendingCommand(self, command, _connect_result)
@@ -178,7 +181,7 @@ class QueuePair:
             ) from None
         if cid == _NO_MORE:
             self._free.put(_NO_MORE)
-            raise DriveLost(self.address, self._lost_reason or "closed by this host")
+            raise DriveLost(self.address, self._lost_reason or _CLOSED)
         return cid
 
     def _send(self, cid: int, pending: PendingCommand[T]) -> None:
@@ -242,6 +245,7 @@ class QueuePair:
         with self._lock:
             if self._lost_reason is not None:
                 return
+            reason = _CLOSED if self._closing else reason
             self._lost_reason = reason
             stranded = list(self._pending.values())
             self._pending.clear()

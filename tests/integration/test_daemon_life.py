@@ -112,6 +112,8 @@ def test_what_was_flushed_is_there_after_a_kill(media: Path) -> None:
         drive.load_program(PROGRAM, SHADOW)
         assert drive.daemon_pid is not None
         os.kill(drive.daemon_pid, signal.SIGKILL)
+        window = Path(drive.window_path)
+    assert not window.exists()
     with Drive.embedded(media, drive="tiny") as drive:
         assert drive.read(0, len(IMAGE)) == IMAGE
         hidden = np.ones((1, HIDDEN), np.float32)

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from csd_protocol.packed import PackedModel, Role, Site
 from csd_protocol.units import format_size
 from host_client.driver import Drive
 from host_client.io import Buffer
 from host_client.runtime.fetch import Fetcher
+from host_client.runtime.kernels import NARROW_ROWS
 from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
 from host_client.runtime.quality import Quality
@@ -33,6 +35,24 @@ F32 = npt.NDArray[np.float32]
 
 STEPS_AHEAD_MAX = 4
 GUIDED_TOKENS_MAX = 1  # a pass over more rows wants nearly every unit anyway
+
+
+class TorchThreads:
+    """How many threads torch computes with: one in decode.
+
+    What is left to torch in decode (norms, attention of one token) is small, and its worker threads
+    spin while they wait, on the cores that the drive and the reading thread need.
+    """
+
+    def __init__(self) -> None:
+        self._wide = torch.get_num_threads()
+
+    def suit(self, rows: int) -> None:
+        """For a pass over so many rows."""
+        torch.set_num_threads(1 if rows <= NARROW_ROWS else self._wide)
+
+    def restore(self) -> None:
+        torch.set_num_threads(self._wide)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +96,13 @@ class Engine:
         self._guided = False
         self._current: Arrival | None = None
         self._arrived_layer = -1
+        self._threads = TorchThreads()
 
     # ---- the order of a pass -----------------------------------------------------------------
 
     def begin(self, rows: int) -> None:
         """A pass over `rows` = batch x tokens starts."""
+        self._threads.suit(rows)
         guided = self._guidance is not None and rows <= GUIDED_TOKENS_MAX
         if self._prefetcher.next_number not in (None, 0) or guided or self._guided:
             self._drop()
@@ -134,6 +156,7 @@ class Engine:
     def abandon(self) -> None:
         """Forget a pass that was broken off, so that the next one starts clean."""
         self._drop()
+        self._threads.restore()
 
     # ---- units by name -----------------------------------------------------------------------
 

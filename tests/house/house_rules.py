@@ -63,7 +63,7 @@ def wide_lines(name: str, source: str) -> list[str]:
     ]
 
 
-def _imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+def imported_modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -76,7 +76,7 @@ def unsafe_loading(name: str, source: str) -> list[str]:
     tree = ast.parse(source)
     found = [
         f"{name}:{line}: imports {module}"
-        for module, line in _imported(tree)
+        for module, line in imported_modules(tree)
         if module.split(".")[0] in UNSAFE_LOADERS
     ]
     for node in ast.walk(tree):

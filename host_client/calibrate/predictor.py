@@ -88,4 +88,4 @@ def _values(drive: Drive, packed: PackedModel, site: Site) -> torch.Tensor:
     """All units of a site as float32 [count, rows, cols]."""
     dtype = torch.bfloat16 if packed.dtype == "bfloat16" else torch.float16
     patterns = read_units(drive, site, 0, site.count)
-    return torch.from_numpy(patterns.view(np.int16)).view(dtype).float()
+    return torch.from_numpy(patterns.view(np.int16).copy()).view(dtype).float()

@@ -171,12 +171,14 @@ class PredictAndStage:
     token: int
     hidden: F32  # [rows, hidden]
     targets: tuple[Target, ...]
+    release: tuple[int, ...] = ()  # leases given back first; those not held are passed over
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     model: int
     targets: tuple[Target, ...]
+    release: tuple[int, ...] = ()  # leases given back first; those not held are passed over
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,12 +31,14 @@ def handle_execute_program(context: Context, command: ExecuteProgram) -> Execute
 def handle_predict_and_stage(context: Context, command: PredictAndStage) -> StageResult:
     """Stages what the program chooses; `Stager.stage` says what it raises."""
     prediction = Prediction(context.controller.programs, command.program, command.hidden)
+    context.controller.stager.pass_back(context.host, command.release)
     context.time.receive(command.hidden.nbytes)
     return _stage(context, command.model, command.token, command.targets, prediction)
 
 
 def handle_stage(context: Context, command: Stage) -> StageResult:
     """Stages named units; `Stager.stage` says what it raises."""
+    context.controller.stager.pass_back(context.host, command.release)
     return _stage(context, command.model, None, command.targets, None)
 
 

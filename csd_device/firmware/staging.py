@@ -92,10 +92,16 @@ class Stager:
 
     def give_back(self, host: Host, staged: list[StagedSite] | tuple[StagedSite, ...]) -> None:
         """Releases what was leased for these, unless the host released it already."""
+        self.pass_back(host, tuple(site.lease for site in staged))
+
+    def pass_back(self, host: Host, leases: tuple[int, ...]) -> None:
+        """Releases those of the leases that the host still holds."""
+        if not leases:
+            return
         held = {lease.id for lease in self.window.leases_of(host.host_id)}
-        for site in staged:
-            if site.lease in held:
-                self.window.release(site.lease, host.host_id)
+        for lease in leases:
+            if lease in held:
+                self.window.release(lease, host.host_id)
 
     def _stage_target(
         self,

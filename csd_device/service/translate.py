@@ -103,7 +103,8 @@ def _execute_program(body: pb.ExecuteProgram) -> fw.Command:
 
 def _predict_and_stage(body: pb.PredictAndStage) -> fw.Command:
     hidden, targets = _hidden(body.hidden, body.rows), _targets(body.targets)
-    return fw.PredictAndStage(body.model, body.program, body.token, hidden, targets)
+    released = tuple(body.release)
+    return fw.PredictAndStage(body.model, body.program, body.token, hidden, targets, released)
 
 
 def _held(held: pb.HostResidency.Held) -> fw.SiteResidency:
@@ -166,7 +167,7 @@ _READERS: dict[tuple[int, int], tuple[str, Reader]] = {
     (_COMPUTE, ComputeOpcode.PREDICT_AND_STAGE): ("predict_and_stage", _predict_and_stage),
     (_COMPUTE, ComputeOpcode.STAGE): (
         "stage",
-        lambda body: fw.Stage(body.model, _targets(body.targets)),
+        lambda body: fw.Stage(body.model, _targets(body.targets), tuple(body.release)),
     ),
     (_COMPUTE, ComputeOpcode.RELEASE): ("release", lambda body: fw.Release(tuple(body.leases))),
     (_COMPUTE, ComputeOpcode.HOST_RESIDENCY): ("host_residency", _host_residency),

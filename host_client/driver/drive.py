@@ -224,15 +224,26 @@ class Drive:
         self._residency.setdefault(model, {}).update(copies)
 
     def predict_and_stage(
-        self, model: int, program: int, token: int, hidden: F32, targets: Iterable[StageTarget]
+        self,
+        model: int,
+        program: int,
+        token: int,
+        hidden: F32,
+        targets: Iterable[StageTarget],
+        release: Iterable[int] = (),
     ) -> PendingStage:
-        """A program chooses units by `hidden` float32 [rows, hidden]; the drive stages them."""
-        command = entries.predict_and_stage(model, program, token, hidden, targets)
+        """A program chooses units by `hidden` float32 [rows, hidden]; the drive stages them.
+
+        `release` gives leases back on the way, which saves a command.
+        """
+        command = entries.predict_and_stage(model, program, token, hidden, targets, release)
         return self._queue.submit(command, entries.staged_of)
 
-    def stage(self, model: int, targets: Iterable[StageTarget]) -> PendingStage:
-        """Stages named units, or all of a site, without a program."""
-        return self._queue.submit(entries.stage(model, targets), entries.staged_of)
+    def stage(
+        self, model: int, targets: Iterable[StageTarget], release: Iterable[int] = ()
+    ) -> PendingStage:
+        """Stages named units, or all of a site, without a program. `release` as above."""
+        return self._queue.submit(entries.stage(model, targets, release), entries.staged_of)
 
     def release(self, leases: Iterable[int]) -> None:
         """Gives leases back without waiting; failures are counted in `release_errors` and logged.

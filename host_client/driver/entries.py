@@ -130,7 +130,12 @@ def execute_program(program: int, model: int, layer: int, hidden: F32, keep: flo
 
 
 def predict_and_stage(
-    model: int, program: int, token: int, hidden: F32, targets: Iterable[StageTarget]
+    model: int,
+    program: int,
+    token: int,
+    hidden: F32,
+    targets: Iterable[StageTarget],
+    release: Iterable[int],
 ) -> Command:
     body = pb.PredictAndStage(
         model=model,
@@ -139,13 +144,14 @@ def predict_and_stage(
         hidden=_float_bytes(hidden),
         rows=_rows(hidden),
         targets=[_target(target) for target in targets],
+        release=release,
     )
     what = f"PREDICT_AND_STAGE of model {model}"
     return _compute(what, ComputeOpcode.PREDICT_AND_STAGE, predict_and_stage=body)
 
 
-def stage(model: int, targets: Iterable[StageTarget]) -> Command:
-    body = pb.Stage(model=model, targets=[_target(target) for target in targets])
+def stage(model: int, targets: Iterable[StageTarget], release: Iterable[int]) -> Command:
+    body = pb.Stage(model=model, targets=[_target(target) for target in targets], release=release)
     return _compute(f"STAGE of model {model}", ComputeOpcode.STAGE, stage=body)
 
 

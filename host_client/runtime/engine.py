@@ -20,7 +20,7 @@ from csd_protocol.packed import PackedModel, Role, Site
 from csd_protocol.units import format_size
 from host_client.driver import Drive
 from host_client.io import Buffer
-from host_client.runtime.fetch import Fetcher
+from host_client.runtime.fetch import WINDOW_SHARE, Fetcher
 from host_client.runtime.kernels import NARROW_ROWS
 from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
@@ -33,7 +33,8 @@ U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
 
-STEPS_AHEAD_MAX = 4
+STEPS_AHEAD_MAX = 8
+BURST_STEPS_MAX = 4  # steps of one command: fewer round trips, a later first answer
 GUIDED_TOKENS_MAX = 1  # a pass over more rows wants nearly every unit anyway
 
 
@@ -200,9 +201,11 @@ class Engine:
 
     def _pump(self) -> None:
         """Request what is known to be needed, as far ahead as the window allows."""
-        while self._prefetcher.outstanding < self._ahead and self._may_request():
-            self._prefetcher.request(self._steps[self._next], token=self.tokens_seen)
-            self._next += 1
+        burst = max(1, min(BURST_STEPS_MAX, self._ahead // 2))
+        while self._prefetcher.outstanding + burst <= self._ahead and self._may_request():
+            steps = self._steps[self._next : self._next + burst]
+            self._prefetcher.request(steps, token=self.tokens_seen)
+            self._next += len(steps)
             if self._next == len(self._steps) and self.quality.exact:
                 self._next = 0
 
@@ -214,7 +217,7 @@ class Engine:
     def _request_guided(self, hidden: F32) -> None:
         assert self._guidance is not None
         self._prefetcher.request(
-            self._steps[self._next],
+            [self._steps[self._next]],
             program=self._guidance.program,
             keep=self.quality.kept,
             hidden=hidden,
@@ -275,9 +278,11 @@ def _missing_bytes(wanted: tuple[Wanted, ...], resident: dict[int, ResidentSite]
 def _steps_ahead(window_bytes: int, steps: list[Step]) -> int:
     """How many steps may lie in the window at once. Raises WindowTooSmall when not even one."""
     largest = max(step.bytes_max for step in steps)
-    if largest > window_bytes:
+    room_bytes = window_bytes - window_bytes // WINDOW_SHARE
+    if largest > room_bytes:
         raise WindowTooSmall(
-            f"one layer needs {format_size(largest)} of the drive's window at a time; it has "
-            f"{format_size(window_bytes)}. Enlarge the window or the DRAM budget"
+            f"one layer needs {format_size(largest)} of the drive's window at a time; of its "
+            f"{format_size(window_bytes)}, {format_size(room_bytes)} are for that. Enlarge the "
+            f"window or the DRAM budget"
         )
-    return max(1, min(STEPS_AHEAD_MAX, window_bytes // max(1, largest)))
+    return max(1, min(STEPS_AHEAD_MAX, room_bytes // max(1, largest)))

@@ -20,6 +20,7 @@ from host_client.runtime.prefetch import Block
 
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
+I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 
 # layer, units [n], activity float32 [tokens, n]: |silu(gate) * up|; called once a part of a layer
@@ -74,23 +75,22 @@ class StagedProjection(nn.Module):
         role = Role.KV if projection in (Projection.KEY, Projection.VALUE) else Role.HEADS
         self._engine, self._projection = engine, projection
         self._site = engine.model.find(role, layer)
-        self._half = self._site.rows // 2  # query rows, then output columns; or keys, then values
+        # A unit is query rows, then output columns as rows; or keys, then values.
+        second = projection in (Projection.VALUE, Projection.OUTPUT)
+        self._rows = _half_of_units(self._site, second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        units = self._units()  # [count, rows, columns]
-        flat = _flat(x)
-        match self._projection:
-            case Projection.QUERY:
-                return _like(x, self._dot(flat, units[:, : self._half]))
-            case Projection.KEY:
-                return _like(x, self._dot(flat, units[:, : self._half]))
-            case Projection.VALUE:
-                return _like(x, self._dot(flat, units[:, self._half :]))
-            case Projection.OUTPUT:
-                return _like(x, self._axpy(flat, units[:, self._half :]))
+        flat, bf16 = _flat(x), self._engine.bf16
+        if self._projection is Projection.OUTPUT:
+            out = np.zeros((flat.shape[0], self._site.cols), np.float32)
+            kernels.rows_axpy(flat, self._weights(), self._rows, out, bf16)
+        else:
+            out = np.empty((flat.shape[0], self._rows.size), np.float32)
+            kernels.rows_dot(flat, self._weights(), self._rows, out, bf16)
+        return _like(x, out)
 
-    def _units(self) -> U16:
-        """All units of the site, taken whole: they are resident or staged together."""
+    def _weights(self) -> U16:
+        """All rows of all units [count * rows, columns]: resident, or staged together."""
         entry = self._engine.resident[self._site.site]
         values = entry.values
         if entry.missing.size:
@@ -98,20 +98,14 @@ class StagedProjection(nn.Module):
             assert block is not None
             assert block.units.size == self._site.count
             values = block.values
-        return values.reshape(self._site.count, self._site.rows, self._site.cols)
+        return values.reshape(self._site.count * self._site.rows, self._site.cols)
 
-    def _dot(self, x: F32, weights: U16) -> F32:
-        out = np.empty((weights.shape[0], x.shape[0], self._half), np.float32)
-        for group in range(weights.shape[0]):
-            kernels.rows_dot(x, weights[group], None, out[group], self._engine.bf16)
-        return np.ascontiguousarray(out.transpose(1, 0, 2)).reshape(x.shape[0], -1)
 
-    def _axpy(self, x: F32, weights: U16) -> F32:
-        out = np.zeros((x.shape[0], weights.shape[2]), np.float32)
-        for group in range(weights.shape[0]):
-            part = np.ascontiguousarray(x[:, group * self._half : (group + 1) * self._half])
-            kernels.rows_axpy(part, weights[group], None, out, self._engine.bf16)
-        return out
+def _half_of_units(site: Site, second: bool) -> I64:
+    """Row numbers of the first or the second half of every unit of a site, in order."""
+    half = site.rows // 2
+    starts = np.arange(site.count) * site.rows + (half if second else 0)
+    return (starts[:, None] + np.arange(half)).reshape(-1)
 
 
 class StagedFfn(nn.Module):

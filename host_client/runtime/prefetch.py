@@ -1,26 +1,29 @@
 """Prefetch: staging commands go out ahead of compute, and a thread reads what they staged.
 
 A forward pass is a fixed sequence of *steps*, one a layer and one a slice of the output head. The
-compute thread requests steps in order (`request`) and takes them in order (`take`); between the
-two, the reading thread waits for the drive's completion, waits for one of the staging buffers,
-reads the window into it, checks every unit, releases the leases and hands the step over. When the
-compute thread is done with a step it gives the buffer back (`Arrival.finish`).
+compute thread requests steps in order (`request`, one command for several where it can) and takes
+them in order (`take`); between the two, the reading thread waits for the drive's completion, and
+for each step waits for one of the staging buffers, reads the window into it, checks every unit and
+hands the step over. Leases that are read go back with the next command. When the compute thread is
+done with a step it gives the buffer back (`Arrival.finish`).
 
 The reading thread holds no lock while it waits, reads or checks, and those release the GIL, so
 compute goes on meanwhile. An error in it is raised in the compute thread by the next `take`.
 """
 
+import contextlib
+import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from csd_protocol.packed import Site
-from host_client.driver import Drive, PendingCommand, Staged, StagedSite, StageTarget
+from host_client.driver import Drive, DriveLost, PendingCommand, Staged, StagedSite, StageTarget
 from host_client.io import Buffer, Extent, Reader
 from host_client.runtime.checksums import Checksums
 from host_client.runtime.fetch import STAGE_TIMEOUT_S
@@ -87,8 +90,15 @@ class Arrival:
 class _Request:
     step: Step
     wanted: tuple[Wanted, ...]  # the step's, less what is resident anyway
-    pending: PendingStage | None  # None: nothing to ask of the drive
     arrived: "queue.SimpleQueue[Arrival | BaseException]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Burst:
+    """What one command asks for."""
+
+    requests: tuple[_Request, ...]
+    pending: PendingStage | None  # None: nothing to ask of the drive
 
 
 class Prefetcher:
@@ -114,7 +124,8 @@ class Prefetcher:
         for buffer in buffers:
             self._free.put(buffer)
         self._buffer_bytes = buffers[0].size if buffers else 0
-        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._bursts: queue.SimpleQueue[_Burst | None] = queue.SimpleQueue()
+        self._read_leases: deque[int] = deque()  # to go back with the next command
         self._outstanding: deque[_Request] = deque()
         self._thread = threading.Thread(target=self._read_all, name="csd-prefetch", daemon=True)
         self._thread.start()
@@ -130,27 +141,30 @@ class Prefetcher:
 
     def request(
         self,
-        step: Step,
+        steps: Sequence[Step],
         program: int = 0,
         keep: float = 1.0,
         hidden: F32 | None = None,
         token: int = 0,
     ) -> None:
-        """Ask the drive for a step; with `keep` < 1, for what `program` chooses from `hidden`."""
-        wanted = tuple(
-            entry
-            for entry in step.wanted
-            if self._resident[entry.site.site].missing.size or (entry.predictable and keep < 1.0)
+        """Ask the drive for steps, in one command; with `keep` < 1 for what `program` chooses.
+
+        hidden: float32 [rows, hidden], what the program looks at.
+        """
+        requests = tuple(
+            _Request(step, self._lacking(step, keep), queue.SimpleQueue()) for step in steps
         )
-        targets = [self._target(entry, keep) for entry in wanted]
+        targets = [_target(wanted, keep) for request in requests for wanted in request.wanted]
+        release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
         pending: PendingStage | None = None
         if targets and keep < 1.0 and hidden is not None:
-            pending = self._drive.predict_and_stage(self._model, program, token, hidden, targets)
+            pending = self._drive.predict_and_stage(
+                self._model, program, token, hidden, targets, release
+            )
         elif targets:
-            pending = self._drive.stage(self._model, targets)
-        request = _Request(step, wanted, pending, queue.SimpleQueue())
-        self._outstanding.append(request)
-        self._requests.put(request)
+            pending = self._drive.stage(self._model, targets, release)
+        self._outstanding.extend(requests)
+        self._bursts.put(_Burst(requests, pending))
 
     def take(self) -> Arrival:
         """The next requested step, once it is there. Raises what went wrong on its way."""
@@ -161,40 +175,52 @@ class Prefetcher:
         return arrival
 
     def drain(self) -> None:
-        """Drop everything that was requested and not taken."""
+        """Drop everything that was requested and not taken, and give all leases back."""
         while self._outstanding:
             arrival = self._outstanding.popleft().arrived.get()
             if isinstance(arrival, Arrival):
                 arrival.finish()
+        leases = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
+        with contextlib.suppress(DriveLost):  # then they are back already
+            self._drive.release(leases)
 
     def close(self) -> None:
-        self._requests.put(None)
+        self._bursts.put(None)
         self.drain()
         self._thread.join()
 
-    @staticmethod
-    def _target(wanted: Wanted, keep: float) -> StageTarget:
-        site = wanted.site.site
-        if wanted.predictable and keep < 1.0:
-            return StageTarget(site=site, keep=keep)
-        if wanted.units is not None:
-            return StageTarget(site=site, units=wanted.units, ignore_residency=True)
-        return StageTarget(site=site, all=True)
+    def _lacking(self, step: Step, keep: float) -> tuple[Wanted, ...]:
+        return tuple(
+            wanted
+            for wanted in step.wanted
+            if self._resident[wanted.site.site].missing.size or (wanted.predictable and keep < 1.0)
+        )
 
     # ---- the reading thread ------------------------------------------------------------------
 
     def _read_all(self) -> None:
-        while (request := self._requests.get()) is not None:
+        while (burst := self._bursts.get()) is not None:
             try:
-                request.arrived.put(self._arrive(request))
-            except Exception as error:  # noqa: BLE001 - whatever it is, the compute thread raises it
-                request.arrived.put(error)
+                self._read_burst(burst)
+            except Exception as error:  # noqa: BLE001 - the compute thread raises it
+                for request in burst.requests:
+                    request.arrived.put(error)
 
-    def _arrive(self, request: _Request) -> Arrival:
+    def _read_burst(self, burst: _Burst) -> None:
+        """Hand over each step of a command; after an error `_read_all` tells all of them."""
+        sites: Iterator[StagedSite] = iter(())
+        if burst.pending is not None:
+            staged = burst.pending.result(STAGE_TIMEOUT_S)
+            self._tally.add_staged(staged)
+            sites = iter(staged.sites)
+        for request in burst.requests:
+            mine = list(itertools.islice(sites, len(request.wanted)))
+            request.arrived.put(self._arrive(request, mine))
+
+    def _arrive(self, request: _Request, staged: list[StagedSite]) -> Arrival:
         arrival = Arrival(request.step.number)
-        if request.pending is None:
+        if not staged:
             return arrival
-        staged = request.pending.result(STAGE_TIMEOUT_S)
         buffer = self._free.get()
         arrival.give_back = lambda: self._free.put(buffer)
         try:
@@ -202,12 +228,13 @@ class Prefetcher:
         except BaseException:
             arrival.finish()
             raise
-        self._tally.add_staged(staged)
         return arrival
 
-    def _read(self, request: _Request, staged: Staged, buffer: Buffer, arrival: Arrival) -> None:
+    def _read(
+        self, request: _Request, staged: list[StagedSite], buffer: Buffer, arrival: Arrival
+    ) -> None:
         offsets, extents, end = [], [], 0
-        for site in staged.sites:
+        for site in staged:
             offsets.append(end)
             if site.length_bytes:
                 extents.append(Extent(site.window_offset, site.length_bytes, buffer, end))
@@ -218,8 +245,8 @@ class Prefetcher:
                 f"{self._buffer_bytes}"
             )
         self._reader.read(extents)
-        self._drive.release(staged.leases)
-        for wanted, site, offset in zip(request.wanted, staged.sites, offsets, strict=True):
+        self._read_leases.extend(site.lease for site in staged if site.lease)
+        for wanted, site, offset in zip(request.wanted, staged, offsets, strict=True):
             arrival.blocks[site.site] = self._block(wanted, site, buffer, offset)
 
     def _block(self, wanted: Wanted, staged: StagedSite, buffer: Buffer, offset: int) -> Block:
@@ -231,3 +258,12 @@ class Prefetcher:
         values = values.reshape(units.size, site.unit_bytes)
         self._checksums.verify(site, units, values)
         return Block(units, values.view(np.uint16), staged.predicted)
+
+
+def _target(wanted: Wanted, keep: float) -> StageTarget:
+    site = wanted.site.site
+    if wanted.predictable and keep < 1.0:
+        return StageTarget(site=site, keep=keep)
+    if wanted.units is not None:
+        return StageTarget(site=site, units=wanted.units, ignore_residency=True)
+    return StageTarget(site=site, all=True)

@@ -961,6 +961,7 @@ class PredictAndStage(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     model: _builtins.int
     program: _builtins.int
@@ -972,6 +973,10 @@ class PredictAndStage(_message.Message):
     """of `hidden`; 0: one"""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTarget]: ...
+    @_builtins.property
+    def release(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """leases given back first; those not held are passed over"""
+
     def __init__(
         self,
         *,
@@ -980,11 +985,12 @@ class PredictAndStage(_message.Message):
         token: _builtins.int = ...,
         hidden: _builtins.bytes = ...,
         targets: _abc.Iterable[Global___StageTarget] | None = ...,
+        release: _abc.Iterable[_builtins.int] | None = ...,
         rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "model", b"model", "program", b"program", "rows", b"rows", "targets", b"targets", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "model", b"model", "program", b"program", "release", b"release", "rows", b"rows", "targets", b"targets", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -996,18 +1002,24 @@ class Stage(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     model: _builtins.int
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTarget]: ...
+    @_builtins.property
+    def release(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """leases given back first; those not held are passed over"""
+
     def __init__(
         self,
         *,
         model: _builtins.int = ...,
         targets: _abc.Iterable[Global___StageTarget] | None = ...,
+        release: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "release", b"release", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

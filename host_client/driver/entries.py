@@ -135,7 +135,7 @@ def predict_and_stage(
     token: int,
     hidden: F32,
     targets: Iterable[StageTarget],
-    release: Iterable[int],
+    release: Iterable[int] = (),
 ) -> Command:
     body = pb.PredictAndStage(
         model=model,
@@ -150,7 +150,7 @@ def predict_and_stage(
     return _compute(what, ComputeOpcode.PREDICT_AND_STAGE, predict_and_stage=body)
 
 
-def stage(model: int, targets: Iterable[StageTarget], release: Iterable[int]) -> Command:
+def stage(model: int, targets: Iterable[StageTarget], release: Iterable[int] = ()) -> Command:
     body = pb.Stage(model=model, targets=[_target(target) for target in targets], release=release)
     return _compute(f"STAGE of model {model}", ComputeOpcode.STAGE, stage=body)
 

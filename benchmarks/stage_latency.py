@@ -13,11 +13,9 @@ from statistics import median
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.echo_client import echo
+from benchmarks.random_model import save_random_llama
 from benchmarks.ratio import Ratio
 from benchmarks.stopwatch import median_s, seconds_of
 from csd_protocol.packed import PackedModel, Role, Site
@@ -25,7 +23,7 @@ from csd_protocol.program_file import ShadowLayer, encode_shadow
 from host_client.driver import Drive, Staged, StagedSite, StageTarget
 from host_client.model.catalog import open_model
 from host_client.model.packer import pack
-from host_client.model.source import open_checkpoint, resolve_source
+from host_client.model.source import open_checkpoint
 
 F32 = npt.NDArray[np.float32]
 
@@ -91,21 +89,16 @@ def _named(staged: StagedSite) -> int:
 
 
 def _pack_one_layer(drive: Drive, folder: Path) -> tuple[int, PackedModel]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    source = save_random_llama(
+        folder / "layer",
         hidden_size=HIDDEN,
         intermediate_size=NEURONS,
         num_hidden_layers=1,
         num_attention_heads=9,
         num_key_value_heads=3,
         vocab_size=64,
-        tie_word_embeddings=True,
     )
-    values = LlamaForCausalLM(config).half().state_dict()
-    del values["lm_head.weight"]  # tied
-    config.save_pretrained(folder / "layer")
-    save_file(values, folder / "layer" / "model.safetensors")
-    with open_checkpoint(resolve_source(folder / "layer")) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         pack(checkpoint, drive, "layer")
     return open_model(drive, "layer")
 
@@ -115,4 +108,4 @@ def _shadow_program(model: str) -> bytes:
     gate, up = rng.standard_normal((2, NEURONS, HIDDEN), np.float32)
     ones = np.ones(NEURONS, np.float32)
     layer = ShadowLayer(np.ones(HIDDEN, np.float32), gate, up, ones)
-    return encode_shadow(model, {0: layer}, bits=4, group=32, rms_eps=1e-5)
+    return encode_shadow(model, {0: layer}, bits=4, group=64, rms_eps=1e-5)

@@ -9,6 +9,7 @@ own. The names of the replaced modules are the same in every family that `ATTACH
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -67,6 +68,7 @@ def _attach_layer(layer: Any, number: int, engine: Engine) -> None:
     layer.input_layernorm.weight = _parameter(norms["input_norm"])
     layer.post_attention_layernorm.weight = _parameter(norms["post_attention_norm"])
     layer.register_forward_pre_hook(_entry_hook(number, engine), with_kwargs=True)
+    layer.post_attention_layernorm.register_forward_pre_hook(_attended_hook(number, engine))
 
 
 def _entry_hook(number: int, engine: Engine) -> Any:
@@ -76,9 +78,22 @@ def _entry_hook(number: int, engine: Engine) -> Any:
             cache = keywords.get("past_key_values")
             cached = int(cache.get_seq_length()) if cache is not None else 0
             engine.check_context(hidden.shape[0] * (cached + hidden.shape[1]))
-        engine.enter(number, hidden.detach().reshape(-1, hidden.shape[-1]).numpy())
+        engine.enter(number, _rows(hidden))
 
     return enter
+
+
+def _attended_hook(number: int, engine: Engine) -> Any:
+    def attended(norm: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        engine.attended(number, _rows(arguments[0]))
+
+    return attended
+
+
+def _rows(hidden: torch.Tensor) -> npt.NDArray[np.float32]:
+    """[batch, tokens, hidden] -> [rows, hidden]."""
+    rows: npt.NDArray[np.float32] = hidden.detach().reshape(-1, hidden.shape[-1]).numpy()
+    return rows
 
 
 def _parts(engine: Engine, site: Site) -> dict[str, torch.Tensor]:

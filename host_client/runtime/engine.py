@@ -2,11 +2,13 @@
 
 Two ways to run a pass. A *sweep* needs every unit (exact quality, and any pass over more than a
 few tokens): steps are requested as far ahead as the drive's window allows, across the end of a
-pass, since the next token needs the same again. A *guided* pass (a kept fraction, decode) requests
-layer l + lookahead when the hidden state enters layer l, and lets the program on the drive choose.
+pass, since the next token needs the same again. A *guided* pass (a kept fraction, decode) lets the
+program on the drive choose: layer l + lookahead is requested with the hidden state behind layer l's
+attention, while its FFN and the next attention compute; at lookahead 0, layer l is requested with
+the hidden state that enters it, behind its own attention alone. The nearer, the better the choice.
 
 Modules (`layers`) call in here in the order of the forward pass: `begin`, then for each layer
-`enter`, `block` and `leave`, then `head_slices`.
+`enter`, `attended`, `block` and `leave`, then `head_slices`.
 """
 
 from collections.abc import Callable, Iterator
@@ -122,11 +124,19 @@ class Engine:
             )
 
     def enter(self, layer: int, hidden: F32) -> None:
-        """The hidden state [rows, hidden] enters `layer`: ask for what it says is needed next."""
+        """The hidden state [rows, hidden] enters `layer`: request it, unless that was done."""
         self._release_current()
-        if not self._guided or self._guidance is None:
+        self._request_up_to(layer, hidden)
+
+    def attended(self, layer: int, hidden: F32) -> None:
+        """The hidden state [rows, hidden] behind the attention of `layer`: request what follows."""
+        if self._guidance is not None:
+            self._request_up_to(layer + self._guidance.lookahead, hidden)
+
+    def _request_up_to(self, layer: int, hidden: F32) -> None:
+        if not self._guided:
             return
-        while self._next <= min(layer + self._guidance.lookahead, self._layers - 1):
+        while self._next <= min(layer, self._layers - 1):
             self._request_guided(hidden)
         self._pump()
 

@@ -160,8 +160,10 @@ class Engine:
         for step in self._steps[self._layers :]:
             arrival = self._take(step.number)
             block = arrival.blocks[self.head.site]
-            yield block.units, block.values
-            arrival.finish()
+            try:
+                yield block.units, block.values
+            finally:  # also when the pass is broken off here
+                arrival.finish()
             self._pump()
 
     def abandon(self) -> None:

@@ -24,15 +24,18 @@ Progress = Callable[[int, int], None]
 
 
 def calibrate(
-    drive: Drive, packed: PackedModel, tokenizer: Any, dram: str | int, progress: Progress
+    drive: Drive,
+    packed: PackedModel,
+    tokenizer: Any,
+    dram: str | int,
+    progress: Progress,
+    tokens: int = CALIBRATION_TOKENS,
 ) -> PackedModel:
     """Count how often each neuron is wanted, on text of Python's own, and keep it on the drive.
 
     Runs the packed model itself at exact quality within `dram`. Returns the new manifest.
     """
-    windows = token_windows(
-        tokenizer, default_text(Split.CALIBRATION), CALIBRATION_TOKENS, CALIBRATION_WINDOW
-    )
+    windows = token_windows(tokenizer, default_text(Split.CALIBRATION), tokens, CALIBRATION_WINDOW)
     model = CsdModelForCausalLM.from_pretrained(
         packed.name, drive, dram, context=CALIBRATION_WINDOW
     )
@@ -40,7 +43,7 @@ def calibrate(
         counts = measure_frequencies(model, windows, read_down_norms(drive, packed), progress)
     finally:
         runtime_of(model).close()
-    return store_frequencies(drive, packed.name, counts, CALIBRATION_TOKENS)
+    return store_frequencies(drive, packed.name, counts, tokens)
 
 
 def build_predictor(drive: Drive, packed: PackedModel, kind: str, progress: Progress) -> bytes:

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from csd_protocol.packed import PackedModel
 from csd_protocol.units import format_size
-from host_client.calibrate.preparation import calibrate, load_predictors
+from host_client.calibrate.preparation import CALIBRATION_TOKENS, calibrate, load_predictors
 from host_client.cli import reports
 from host_client.cli.console import TimeMode, err, open_drive, out, progress_bytes, progress_count
 from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
@@ -59,6 +59,9 @@ def pack(
             help="Count on real text which neurons are wanted, and build the predictors.",
         ),
     ] = True,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Tokens of text that the neurons are counted on.", min=2)
+    ] = CALIBRATION_TOKENS,
     dram: Dram = "100%",
 ) -> None:
     """Pack a model onto the drive: units, checksums, frequencies, predictors."""
@@ -78,14 +81,14 @@ def pack(
             f"{format_size(packed.weights_bytes)} as {packed.dtype}"
         )
         if calibration:
-            _prepare(opened, packed, source, dram)
+            _prepare(opened, packed, source, dram, calibration_tokens)
 
 
-def _prepare(drive: Drive, packed: PackedModel, source: Source, dram: str) -> None:
+def _prepare(drive: Drive, packed: PackedModel, source: Source, dram: str, tokens: int) -> None:
     """Frequencies and predictors, as far as the drive does not have them yet."""
     if packed.frequencies is None:
         with progress_count("calibrating, tokens") as update:
-            packed = calibrate(drive, packed, load_tokenizer(source), dram, update)
+            packed = calibrate(drive, packed, load_tokenizer(source), dram, update, tokens)
     loaded = {entry["kind"] for entry in drive.programs() if entry["model"] == packed.name}
     if {"shadow", "frequency"} <= loaded:
         out.print(f"predictors on the drive: {', '.join(sorted(loaded))}")

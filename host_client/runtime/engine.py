@@ -11,6 +11,7 @@ Modules (`layers`) call in here in the order of the forward pass: `begin`, then 
 `enter`, `attended`, `block` and `leave`, then `head_slices`.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -41,21 +42,24 @@ GUIDED_TOKENS_MAX = 1  # a pass over more rows wants nearly every unit anyway
 
 
 class TorchThreads:
-    """How many threads torch computes with: one in decode.
+    """How many threads torch computes with: one in decode, one less than there are cores else.
 
-    What is left to torch in decode (norms, attention of one token) is small, and its worker threads
-    spin while they wait, on the cores that the drive and the reading thread need.
+    Torch's worker threads spin while they wait for each other. As many of them as cores, beside a
+    drive and a reading thread that need a core as well, and a matrix product takes twenty times as
+    long. What is left to torch in decode (norms, attention of one token) is too small to divide.
     """
 
     def __init__(self) -> None:
-        self._wide = torch.get_num_threads()
+        self._before = torch.get_num_threads()
+        self._wide = max(1, min(self._before, len(os.sched_getaffinity(0)) - 1))
 
     def suit(self, rows: int) -> None:
         """For a pass over so many rows."""
         torch.set_num_threads(1 if rows <= NARROW_ROWS else self._wide)
 
     def restore(self) -> None:
-        torch.set_num_threads(self._wide)
+        """As it was before this model."""
+        torch.set_num_threads(self._before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,14 @@
 """The command table and what each kind of failure exits with.
 
-Exit status: 0 done; 2 a command line that does not parse; 3 the model (files, packing); 4 the drive
-or the way to it; 5 a request that cannot be met (budget, quality, context); 130 interrupted.
+Exit status: 0 done; 1 a file that cannot be read or written; 2 a command line that does not parse;
+3 the model (files, packing); 4 the drive or the way to it; 5 a request that cannot be met (budget,
+quality, context); 130 interrupted.
 """
 
 import sys
 
 import typer
+from rich.markup import escape
 
 from host_client.cli import bench_commands, drive_commands, model_commands, predictor_commands
 from host_client.cli.console import err
@@ -16,7 +18,7 @@ from host_client.model.errors import ModelError
 from host_client.runtime.checksums import UnitCorrupt
 from host_client.runtime.refusals import RequestRefused
 
-EXIT_MODEL, EXIT_DRIVE, EXIT_REQUEST, EXIT_INTERRUPTED = 3, 4, 5, 130
+EXIT_FILE, EXIT_MODEL, EXIT_DRIVE, EXIT_REQUEST, EXIT_INTERRUPTED = 1, 3, 4, 5, 130
 
 app = typer.Typer(
     help="LLM inference from a computational storage drive.",
@@ -44,10 +46,12 @@ def main() -> None:
         _fail(error, EXIT_DRIVE)
     except RequestRefused as error:
         _fail(error, EXIT_REQUEST)
+    except OSError as error:
+        _fail(error, EXIT_FILE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
 
 
 def _fail(error: Exception, status: int) -> None:
-    err.print(f"[bold red]error:[/] {error}", soft_wrap=True, markup=True)
+    err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
     sys.exit(status)

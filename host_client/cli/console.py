@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from csd_protocol.address import parse_address
 from host_client.driver import Drive
 
 DRIVE_VARIABLE = "CSD_DRIVE"
@@ -31,9 +33,16 @@ class TimeMode(StrEnum):
 
 
 def open_drive(address: str | None, time_mode: TimeMode) -> Drive:
-    """The drive at `address` (or at $CSD_DRIVE), else an embedded one with its own daemon."""
+    """The drive at `address` (or at $CSD_DRIVE), else an embedded one with its own daemon.
+
+    Raises DriveUnavailable, and BadParameter for what is no address.
+    """
     address = address or os.environ.get(DRIVE_VARIABLE)
     if address:
+        try:
+            parse_address(address)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--drive") from None
         return Drive.connect(address)
     with err.status("starting the embedded drive"):
         return Drive.embedded(time=time_mode.value)

@@ -30,6 +30,7 @@ from host_client.runtime.causal_lm import (
 from host_client.runtime.generate import generate as run_generation
 from host_client.runtime.generate import prompt_ids
 from host_client.runtime.plan import make_plan, parse_budget
+from host_client.runtime.quality import Quality
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -158,15 +159,16 @@ def generate(
 ) -> None:
     """Generate text, the weights staged by the drive as they are needed."""
     source = resolve_source(model)
-    tokenizer = load_tokenizer(source)
-    ids = prompt_ids(tokenizer, prompt, raw)
+    kept = Quality.parse(quality)
     with open_drive(drive, time) as opened:
+        tokenizer = load_tokenizer(source)
+        ids = prompt_ids(tokenizer, prompt, raw)
         with progress_bytes("loading resident weights") as update:
             made = CsdModelForCausalLM.from_pretrained(
                 source.name,
                 opened,
                 dram,
-                quality,
+                kept,
                 context=context or ids.shape[1] + max_new_tokens,
                 lookahead=lookahead,
                 reader=reader,

@@ -57,12 +57,16 @@ def parse_budget(text: str | int, model: PackedModel) -> int:
     """
     try:
         if isinstance(text, str) and text.strip().endswith("%"):
-            return int(model.weights_bytes * float(text.strip()[:-1]) / 100)
-        return parse_size(text)
-    except ValueError:
+            size_bytes = int(model.weights_bytes * float(text.strip()[:-1]) / 100)
+        else:
+            size_bytes = parse_size(text)
+    except (ValueError, OverflowError):
+        size_bytes = -1
+    if size_bytes < 0:
         raise InvalidBudget(
             f"{text!r} is neither a size like 5GiB nor a share of the weights like 45%"
-        ) from None
+        )
+    return size_bytes
 
 
 def kv_bytes_per_token(model: PackedModel) -> int:

@@ -94,7 +94,7 @@ def packed_media(
     """Media with the model packed from both formats; with predictors from the GGUF."""
     media = tmp_path_factory.mktemp("packed") / "drive.csd"
     packing = Device(media)
-    packed = csd("pack", MODEL, "--calibration-tokens", 512, drive=packing)
+    packed = csd("pack", MODEL, "--calibration-tokens", 128, drive=packing)
     assert packed.status == 0, packed.stderr
     assert f"packed {MODEL}: 95,383 units, 256.6 MiB as float16" in packed.stdout
     assert "loaded predictors: shadow, frequency" in packed.stdout

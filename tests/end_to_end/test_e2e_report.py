@@ -1,0 +1,133 @@
+"""What `csd generate --json` and `csd bench quality` say, and what a kept fraction costs."""
+
+from typing import Any
+
+import pytest
+from real_model import BUDGET, MODEL, PROMPTS, CommandLine, Device, Reference, generate
+from transformers import PreTrainedTokenizerBase
+
+WEIGHTS_BYTES = 269_030_016  # SmolLM2-135M at 16 bits
+ANSWER_TOKENS = 24
+KINDS = {
+    "model": str,
+    "quality": str,
+    "text": str,
+    "token_ids": list,
+    "tokens_per_s": float,
+    "prefill_s": float,
+    "dram_budget_bytes": int,
+    "weights_bytes_16bit": int,
+    "host_weights_peak_bytes": int,
+    "host_peak_rss_bytes": int,
+    "staged_bytes_per_token": float,
+    "reader": str,
+    "drive": dict,
+}
+DRIVE_KEYS = (
+    *("nand_page_reads", "nand_ns", "program_ns", "link_ns"),
+    *("units_staged", "units_from_dram"),
+)
+
+
+@pytest.mark.parametrize("which", ["exact_answer", "kept_answer"])
+def test_json_has_what_was_promised(which: str, request: pytest.FixtureRequest) -> None:
+    answer = request.getfixturevalue(which)
+    for key, kind in KINDS.items():
+        assert type(answer[key]) is kind, key
+    for key in DRIVE_KEYS:
+        assert type(answer["drive"][key]) is int, key
+    assert answer["model"] == MODEL
+    assert answer["weights_bytes_16bit"] == WEIGHTS_BYTES
+    assert answer["dram_budget_bytes"] == int(0.45 * WEIGHTS_BYTES)
+    assert 0 < answer["host_weights_peak_bytes"] <= answer["dram_budget_bytes"]
+    assert answer["dram_budget_bytes"] < answer["host_peak_rss_bytes"] < 4 << 30
+    assert answer["tokens_per_s"] > 0
+    assert answer["prefill_s"] > 0
+    assert answer["reader"] in {"io_uring", "threads"}
+    drive = answer["drive"]
+    assert 0 < drive["units_from_dram"] <= drive["units_staged"]
+    assert drive["link_ns"] > 0
+
+
+def test_exact_answer_is_plain_transformers(
+    exact_answer: dict[str, Any], reference: Reference, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert exact_answer["quality"] == "exact"
+    assert exact_answer["recall"] is None
+    assert exact_answer["drive"]["program_ns"] == 0
+    assert exact_answer["token_ids"] == reference.spoken[0].tokens[:ANSWER_TOKENS]
+    assert exact_answer["text"] == tokenizer.decode(exact_answer["token_ids"])
+
+
+def test_kept_fraction_stages_less(
+    exact_answer: dict[str, Any], kept_answer: dict[str, Any]
+) -> None:
+    assert kept_answer["quality"] == "0.5"
+    assert kept_answer["predictor"] == "shadow"
+    assert 0 < len(kept_answer["token_ids"]) <= ANSWER_TOKENS
+    assert kept_answer["text"].strip()
+    assert 0 < kept_answer["recall"] <= 1
+    assert kept_answer["drive"]["program_ns"] > 0
+    assert 0 < kept_answer["staged_bytes_per_token"] < exact_answer["staged_bytes_per_token"]
+    assert exact_answer["staged_bytes_per_token"] < WEIGHTS_BYTES
+
+
+def test_answers_are_the_same_again(
+    csd: CommandLine, device: Device, kept_answer: dict[str, Any]
+) -> None:
+    """Also read by threads: only what was fast and how often the drive's DRAM hit may differ."""
+    again = generate(csd, device, "--quality", "0.5", "--reader", "threads")
+    assert again["reader"] == "threads"
+    for key in ("token_ids", "recall", "staged_bytes_per_token", "late_units"):
+        assert again[key] == kept_answer[key], key
+
+
+def test_a_chat_goes_to_the_terminal(csd: CommandLine, device: Device) -> None:
+    run = csd(
+        *("generate", MODEL, "--dram", BUDGET, "--prompt", PROMPTS[0], "--max-new-tokens", 8),
+        drive=device,
+    )
+    assert run.status == 0
+    assert "olid" in run.stdout
+    assert "<|im_" not in run.stdout
+    for said in ("what it took", "NAND", "predicted", "resident", "tokens/s"):
+        assert said in run.stderr
+
+
+def test_quality_is_measured_on_real_text(csd: CommandLine, device: Device) -> None:
+    measured = csd("bench", "quality", MODEL, "--tokens", 256, "--json", drive=device).answer
+    assert (measured["model"], measured["tokens"]) == (MODEL, 256)
+    exact, kept = measured["rows"]
+    assert (exact["quality"], kept["quality"]) == ("exact", "0.5")
+    assert 5 < exact["perplexity"] < 40
+    assert exact["perplexity"] <= kept["perplexity"] < 400
+    assert exact["recall"] is None
+    assert 0 < kept["recall"] <= 1
+    assert kept["staged_bytes_per_token"] < exact["staged_bytes_per_token"]
+
+
+def test_plan_keeps_to_its_budget(csd: CommandLine, device: Device) -> None:
+    plans = [
+        csd("plan", MODEL, "--dram", dram, "--json", drive=device).answer
+        for dram in ("20%", "45%", "200MiB")
+    ]
+    for plan in plans:
+        assert plan["resident_bytes"] < plan["total_bytes"] <= plan["dram_budget_bytes"]
+    staged = [plan["staged_bytes_per_token"] for plan in plans]
+    assert staged == sorted(staged, reverse=True)
+    assert staged[-1] > 0
+
+
+def test_the_drive_speaks_of_itself(csd: CommandLine, device: Device) -> None:
+    told = csd("identify", "--json", drive=device).answer
+    assert told["controller"]["model"] == "edge-gen5"
+    assert told["window"]["path"] == str(device.window)
+    kinds = {(entry["kind"], entry["active"]) for entry in told["programs"]["programs"]}
+    assert kinds == {("shadow", True), ("frequency", True)}
+    for page in ("smart", "error", "stage"):
+        assert csd("log", page, "--json", drive=device).answer
+        assert csd("log", page, drive=device).status == 0
+    listed = csd("models", drive=device).stdout
+    assert MODEL in listed
+    assert "complete" in listed
+    assert "shadow" in csd("predictor", "list", drive=device).stdout

@@ -1,0 +1,213 @@
+"""Calibration: counts that are right, kept on the drive, and the programs made from them."""
+
+from pydoc_data.topics import topics
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from csd_protocol.packed import Role
+from csd_protocol.program_file import encode_frequency
+from host_client.calibrate.predictor import build_frequency, load_predictor, read_down_norms
+from host_client.calibrate.preparation import build_predictor, calibrate, load_predictors
+from host_client.calibrate.quality import perplexity_in_windows, perplexity_token_by_token
+from host_client.calibrate.statistics import WANTED_SHARE, measure_frequencies
+from host_client.calibrate.text import Split, default_text, token_windows
+from host_client.model.catalog import open_model, read_frequencies, store_frequencies
+from host_client.runtime.refusals import ContextExceeded, NoPredictor
+
+NAME = "untied"
+NEURONS, LAYERS = 130, 3
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def dense_counts(dense: Any, windows: list[torch.Tensor]) -> np.ndarray:
+    """How often each neuron is in its layer's top third, from transformers' own modules."""
+    counts = np.zeros((LAYERS, NEURONS), np.int64)
+
+    def watch(layer: int, mlp: Any) -> Any:
+        norms = mlp.down_proj.weight.norm(dim=0)
+
+        def count(_: Any, arguments: Any) -> None:
+            x = arguments[0]
+            scores = (torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)).abs() * norms
+            best = scores.topk(round(NEURONS * WANTED_SHARE)).indices.reshape(-1)
+            counts[layer] += np.bincount(best.numpy(), minlength=NEURONS)
+
+        return mlp.register_forward_pre_hook(count)
+
+    hooks = [watch(number, layer.mlp) for number, layer in enumerate(dense.model.layers)]
+    with torch.inference_mode():
+        for window in windows:
+            dense(window)
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+@pytest.fixture
+def windows(lab, tokens_of) -> list[torch.Tensor]:
+    return [tokens_of(lab, NAME, 40, seed=seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_counts_are_those_of_the_dense_model(lab, windows, share: float) -> None:
+    model = lab.open(NAME, lab.budget(NAME, share))
+    _, packed = lab.packed(NAME)
+    told: list[tuple[int, int]] = []
+    counts = measure_frequencies(
+        model, windows, read_down_norms(lab.drive, packed), lambda *step: told.append(step)
+    )
+    assert counts.dtype == np.uint32
+    assert counts.sum(axis=1).tolist() == [120 * round(NEURONS * WANTED_SHARE)] * LAYERS
+    expected = dense_counts(lab.zoo.dense(NAME), windows)
+    assert np.abs(counts.astype(np.int64) - expected).sum() <= 4  # a tie may fall either way
+    assert told == [(40, 120), (80, 120), (120, 120)]
+
+
+def test_a_failure_takes_the_observers_off(lab, tokens_of, windows) -> None:
+    model = lab.open(NAME, context=40)
+    _, packed = lab.packed(NAME)
+    norms = read_down_norms(lab.drive, packed)
+    with pytest.raises(ContextExceeded):
+        measure_frequencies(model, [*windows, tokens_of(lab, NAME, 41)], norms, silent)
+    assert all(layer.mlp.observer is None for layer in model.model.layers)
+
+
+def test_norms_of_the_down_columns(lab) -> None:
+    _, packed = lab.packed(NAME)
+    norms = read_down_norms(lab.drive, packed)
+    for layer, expected in enumerate(lab.zoo.dense(NAME).model.layers):
+        torch.testing.assert_close(
+            torch.from_numpy(norms[layer]), expected.mlp.down_proj.weight.norm(dim=0)
+        )
+
+
+def test_stored_counts_choose_what_stays_resident(make_lab) -> None:
+    lab = make_lab()
+    lab.packed(NAME)
+    rng = np.random.default_rng(3)
+    counts = np.stack([rng.permutation(NEURONS) for _ in range(LAYERS)]).astype(np.uint32)
+    for round_number in range(2):
+        stored = store_frequencies(lab.drive, NAME, counts, tokens=77 + round_number)
+        _, packed = open_model(lab.drive, NAME)
+        assert packed == stored
+        assert packed.frequency_tokens == 77 + round_number
+        assert np.array_equal(read_frequencies(lab.drive, packed), counts)
+        model = lab.open(NAME, lab.budget(NAME, 0.5))
+        for layer in range(LAYERS):
+            entry = model.csd.engine.resident[packed.find(Role.FFN, layer).site]
+            assert 0 < entry.units.size < NEURONS
+            hottest = np.argsort(-counts[layer].astype(np.int64))[: entry.units.size]
+            assert entry.units.tolist() == sorted(hottest.tolist())
+        model.csd.close()
+        counts = counts[:, ::-1].copy()
+
+
+class ByteTokenizer:
+    """A token a byte, as far as the vocabulary reaches."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        ids = torch.tensor([list(text.encode())]) % self._vocabulary
+        return SimpleNamespace(input_ids=ids)
+
+
+def test_calibration_counts_on_the_calibration_half(make_lab) -> None:
+    lab = make_lab()
+    _, packed = lab.packed(NAME)
+    tokenizer, tokens = ByteTokenizer(257), 512
+    made = calibrate(lab.drive, packed, tokenizer, "400%", silent, tokens)
+    windows = token_windows(tokenizer, default_text(Split.CALIBRATION), tokens, 256)
+    assert [window.shape for window in windows] == [(1, 256)] * 2
+    counts = read_frequencies(lab.drive, made)
+    assert made.frequency_tokens == tokens
+    expected = dense_counts(lab.zoo.dense(NAME), windows)
+    assert np.abs(counts.astype(np.int64) - expected).sum() <= 8
+    assert lab.leases == 0
+
+
+def test_the_halves_of_the_text_share_nothing() -> None:
+    """Though some topics of the reference have the very text of another one."""
+    calibration, held_out = (default_text(split) for split in Split)
+    assert min(len(calibration), len(held_out)) > 50_000
+    shared = [text for text in topics.values() if text in calibration and text in held_out]
+    assert not shared
+    with pytest.raises(ValueError, match="tokens; 9 were asked for"):
+        token_windows(ByteTokenizer(257), "short", 9, 4)
+
+
+def test_a_frequency_program_names_the_most_frequent(lab) -> None:
+    model_id, packed = lab.packed(NAME)
+    counts = np.random.default_rng(1).permuted(np.tile(np.arange(NEURONS), (LAYERS, 1)), axis=1)
+    number = load_predictor(
+        lab.drive, packed, "frequency", build_frequency(packed, counts.astype(np.uint32))
+    )
+    hidden = np.zeros((1, 96), np.float32)
+    for layer in range(LAYERS):
+        named = lab.drive.execute_program(number, model_id, layer, hidden, 0.2).result()
+        assert named.tolist() == np.flatnonzero(counts[layer] >= NEURONS - 26).tolist()
+
+
+def test_a_shadow_finds_most_of_what_its_input_wants(lab) -> None:
+    """The program's own view: the FFN input is the hidden state it is given, normed."""
+    model_id, packed = lab.packed(NAME)
+    number = load_predictor(
+        lab.drive, packed, "shadow", build_predictor(lab.drive, packed, "shadow", silent)
+    )
+    hidden = torch.randn(40, 96, generator=torch.Generator().manual_seed(2))
+    for number_of_layer, layer in enumerate(lab.zoo.dense(NAME).model.layers):
+        x = layer.post_attention_layernorm(hidden)
+        gated = torch.nn.functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
+        scores = gated.abs() * layer.mlp.down_proj.weight.norm(dim=0)
+        found = 0
+        for row in range(40):
+            state = hidden[row : row + 1].numpy()
+            named = lab.drive.execute_program(
+                number, model_id, number_of_layer, state, 0.3
+            ).result()
+            found += len(set(named.tolist()) & set(scores[row].topk(39).indices.tolist()))
+        assert found / (40 * 39) > 0.85
+
+
+def test_loading_predictors_replaces_earlier_ones_and_no_others(make_lab) -> None:
+    lab = make_lab()
+    _, packed = lab.packed(NAME)
+    lab.packed("tied")
+    lab.drive.load_program(1, encode_frequency("tied", {0: np.arange(160)}))
+
+    def loaded() -> set[tuple[int, str, str, bool]]:
+        keys = ("program", "kind", "model", "active")
+        return {tuple(entry[key] for key in keys) for entry in lab.drive.programs()}
+
+    others = loaded()
+    assert load_predictors(lab.drive, packed, silent) == ["shadow"]
+    assert loaded() == others | {(0, "shadow", NAME, True)}
+    with pytest.raises(NoPredictor, match="never counted"):
+        build_predictor(lab.drive, packed, "frequency", silent)
+    counts = np.ones((LAYERS, NEURONS), np.uint32)
+    packed = store_frequencies(lab.drive, NAME, counts, 1)
+    for _ in range(2):
+        assert load_predictors(lab.drive, packed, silent) == ["shadow", "frequency"]
+        assert {entry[1:] for entry in loaded() - others} == {
+            ("shadow", NAME, True),
+            ("frequency", NAME, True),
+        }
+        assert others < loaded()
+
+
+def test_perplexities_agree_at_exact_quality(lab, windows) -> None:
+    model, dense = lab.open(NAME), lab.zoo.dense(NAME)
+    short = [window[:, :12] for window in windows]
+    with torch.inference_mode():
+        losses = [float(dense(window, labels=window).loss) for window in short]
+    expected = float(np.exp(np.mean(losses)))
+    assert perplexity_in_windows(model, short, silent) == pytest.approx(expected, rel=1e-4)
+    assert perplexity_token_by_token(model, short, silent) == pytest.approx(expected, rel=1e-4)

@@ -5,7 +5,10 @@ Exit status: 0 done; 1 a file that cannot be read or written; 2 a command line t
 quality, context); 130 interrupted.
 """
 
+import os
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 import typer
 from rich.markup import escape
@@ -18,7 +21,7 @@ from host_client.model.errors import ModelError
 from host_client.runtime.checksums import UnitCorrupt
 from host_client.runtime.refusals import RequestRefused
 
-EXIT_FILE, EXIT_MODEL, EXIT_DRIVE, EXIT_REQUEST, EXIT_INTERRUPTED = 1, 3, 4, 5, 130
+EXIT_DONE, EXIT_FILE, EXIT_MODEL, EXIT_DRIVE, EXIT_REQUEST, EXIT_INTERRUPTED = 0, 1, 3, 4, 5, 130
 
 app = typer.Typer(
     help="LLM inference from a computational storage drive.",
@@ -36,22 +39,38 @@ app.add_typer(predictor_commands.app, name="predictor")
 app.add_typer(bench_commands.app, name="bench")
 
 
-def main() -> None:
-    """Entry point of `csd`."""
+def main() -> NoReturn:
+    """Entry point of `csd`; ends the process.
+
+    By then drives are closed. Taking torch apart module by module would only keep the user waiting
+    for a second more.
+    """
+    status = _run()
+    with suppress(BrokenPipeError):  # whoever read the output has seen enough
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _run() -> int:
+    """One command; its exit status."""
     try:
         app()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else EXIT_DONE
     except ModelError as error:
-        _fail(error, EXIT_MODEL)
+        return _refuse(error, EXIT_MODEL)
     except (DriveError, ReaderError, UnitCorrupt) as error:
-        _fail(error, EXIT_DRIVE)
+        return _refuse(error, EXIT_DRIVE)
     except RequestRefused as error:
-        _fail(error, EXIT_REQUEST)
+        return _refuse(error, EXIT_REQUEST)
     except OSError as error:
-        _fail(error, EXIT_FILE)
+        return _refuse(error, EXIT_FILE)
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
 
 
-def _fail(error: Exception, status: int) -> None:
+def _refuse(error: Exception, status: int) -> int:
     err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-    sys.exit(status)
+    return status

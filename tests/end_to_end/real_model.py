@@ -242,5 +242,5 @@ def speak(model: Any, prompt: torch.Tensor) -> Spoken:
 
 
 def generate(csd: CommandLine, device: Device, *options: str) -> dict[str, Any]:
-    asked = ("--prompt", PROMPTS[0], "--dram", BUDGET, "--max-new-tokens", "24", "--json")
+    asked = ("--prompt", PROMPTS[0], "--dram", BUDGET, "--max-new-tokens", "16", "--json")
     return csd("generate", MODEL, *asked, *options, drive=device).answer

@@ -36,10 +36,9 @@ def test_sampling_and_beams_run(device: Device, tokenizer: PreTrainedTokenizerBa
     model = CsdModelForCausalLM.from_pretrained(MODEL, drive=device.address, dram="60%")
     try:
         inputs = tokenizer("The capital of France is", return_tensors="pt")
-        sampled = model.generate(**inputs, max_new_tokens=4, do_sample=True, pad_token_id=0)
-        beams = model.generate(
-            **inputs, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0
-        )
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+        sampled = model.generate(**inputs, **options, do_sample=True)
+        beams = model.generate(**inputs, **options, do_sample=False, num_beams=2)
     finally:
         model.csd.close()
     assert sampled.shape == (1, inputs.input_ids.shape[1] + 4)

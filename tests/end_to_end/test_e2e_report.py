@@ -7,7 +7,7 @@ from real_model import BUDGET, MODEL, PROMPTS, CommandLine, Device, Reference, g
 from transformers import PreTrainedTokenizerBase
 
 WEIGHTS_BYTES = 269_030_016  # SmolLM2-135M at 16 bits
-ANSWER_TOKENS = 24
+ANSWER_TOKENS = 16
 KINDS = {
     "model": str,
     "quality": str,

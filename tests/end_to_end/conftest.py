@@ -100,7 +100,7 @@ def packed_media(
     assert "loaded predictors: shadow, frequency" in packed.stdout
     sharded = csd("pack", reference.folder, "--no-calibrate", drive=packing)
     assert sharded.status == 0, sharded.stderr
-    packing.end_process()
+    packing.leave_media()
     return media
 
 

@@ -85,11 +85,15 @@ class Device:
         assert self.process.stdout is not None
         self.process.stdout.close()
 
-    def close(self) -> None:
+    def leave_media(self) -> None:
+        """Ends the daemon; the media stay, for copies."""
         self.end_process()
         self.window.unlink(missing_ok=True)  # a killed daemon leaves it to the next one
         shutil.rmtree(self.folder)
-        shutil.rmtree(self.media, ignore_errors=True)
+
+    def close(self) -> None:
+        self.leave_media()
+        shutil.rmtree(self.media)
 
 
 def copy_media(source: Path, target: Path) -> Path:

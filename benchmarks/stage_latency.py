@@ -3,7 +3,8 @@
 The layer is SmolLM2-135M's FFN with random weights (1536 neurons, hidden 576), packed onto a drive
 whose daemon is a process of its own; its 4-bit shadow program keeps half of the neurons and the
 host holds half, so about a quarter crosses. A command is timed from the call to its completion:
-program, selection, copy and CRC32C of each unit included, reading the window not.
+program, selection and copy of each unit included, reading the window not. Leases go back with the
+next command, as the runtime gives them back.
 """
 
 import tempfile
@@ -73,13 +74,13 @@ def _measure_staging(
     staged: list[Staged] = []
 
     def stage(token: int, hidden: F32) -> None:
-        pending = drive.predict_and_stage(model_id, PROGRAM, token, hidden, [target])
+        release = staged[-1].leases if staged else ()
+        pending = drive.predict_and_stage(model_id, PROGRAM, token, hidden, [target], release)
         staged.append(pending.result())
 
     for token in range(repeats + WARM_UP):
         hidden = rng.standard_normal((1, HIDDEN), np.float32)
         durations.append(seconds_of(partial(stage, token, hidden)))
-        drive.release(staged[-1].leases)
     return median(durations[WARM_UP:]), staged[-1].sites[0]
 
 

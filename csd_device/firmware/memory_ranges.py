@@ -13,9 +13,9 @@ UNIT_CACHE = "unit_cache"
 def divide_memory(controller: Controller, window_bytes: int, unit_cache_bytes: int) -> None:
     """Makes window and unit cache anew with these sizes; the window's file is another one then.
 
-    Raises CommandError: Memory Range Set In Use while a host holds leases, Invalid Field for a
-    window that is no whole number of 4096 bytes, On-Drive DRAM Exceeded with figures, also when the
-    shared memory of the machine is too small for the window.
+    Raises CommandError: Memory Range Set In Use while leases are held or another host is
+    connected, Invalid Field for a window that is no whole number of 4096 bytes, DRAM Exceeded with
+    figures, also when the shared memory of the machine is too small for the window.
     """
     stager = controller.stager
     if stager.window.lease_count:
@@ -28,6 +28,11 @@ def divide_memory(controller: Controller, window_bytes: int, unit_cache_bytes: i
             Status.INVALID_FIELD,
             f"window of {window_bytes} bytes, unit cache of {unit_cache_bytes}: the window must be "
             f"a positive multiple of {SECTOR_BYTES}",
+        )
+    if len(controller.hosts) > 1:
+        raise CommandError(
+            Status.MEMORY_RANGE_SET_IN_USE,
+            f"{len(controller.hosts)} hosts are connected; all but one have the window open",
         )
     before = stager.window.size_bytes, stager.cache.capacity_bytes
     _resize(controller.arena, window_bytes, unit_cache_bytes)

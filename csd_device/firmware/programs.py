@@ -143,7 +143,11 @@ class ProgramStore:
             self._abandon(number)
             raise
         del self._uploads[number]
-        _replace(self._path(number), upload.data)
+        try:
+            _replace(self._path(number), upload.data)
+        except CommandError:
+            self._arena.free(_allotment(number))
+            raise
         self._stored[number] = StoredProgram(program, active=False)
         self._write_index()
 

@@ -53,6 +53,7 @@ class Drive:
         self._timeout_s = timeout_s
         self._daemon: Daemon | None = None
         self._residency: dict[int, dict[int, Residency]] = {}
+        self._tellers: dict[int, object] = {}
         self._open()
 
     @classmethod
@@ -211,17 +212,25 @@ class Drive:
 
     # ---- staging -----------------------------------------------------------------------------
 
-    def set_residency(self, model: int, sites: Mapping[int, Residency]) -> None:
+    def set_residency(
+        self, model: int, sites: Mapping[int, Residency], teller: object = None
+    ) -> None:
         """Says what this host holds of each site named (bool [units], True for all, False: none).
 
-        Other sites keep what was said before. Said again by `reconnect`.
+        Other sites keep what was said before. Said again by `reconnect`. There is one residency a
+        host and model; `teller` is who speaks, for those who share the drive (`told_by`).
         """
+        self._tellers[model] = teller
         self._queue.submit(entries.host_residency(model, sites), entries.nothing).result()
         copies = {
             site: held.copy() if isinstance(held, np.ndarray) else held
             for site, held in sites.items()
         }
         self._residency.setdefault(model, {}).update(copies)
+
+    def told_by(self, model: int) -> object:
+        """Who spoke last of what this host holds of a model."""
+        return self._tellers.get(model)
 
     def predict_and_stage(
         self,

@@ -28,8 +28,8 @@ from host_client.runtime.layers import StagedFfn
 from host_client.runtime.plan import BUFFERS, Plan, make_plan, parse_budget
 from host_client.runtime.prefetch import Prefetcher
 from host_client.runtime.quality import Quality
-from host_client.runtime.refusals import NoPredictor
-from host_client.runtime.residency import Progress, ResidentSite, load_resident, residency_of
+from host_client.runtime.refusals import NoPredictor, RequestRefused
+from host_client.runtime.residency import Progress, ResidentSite, load_resident
 from host_client.runtime.tally import Tally
 
 CONTEXT_DEFAULT = 512
@@ -86,6 +86,11 @@ class CsdModelForCausalLM:
         ReaderError, RequestRefused (budget, quality, predictor, window).
         """
         parsed = Quality.parse(quality)
+        if context < 1 or lookahead < 0:
+            raise RequestRefused(
+                f"context {context} and lookahead {lookahead}: a context has a token at least, "
+                f"and a lookahead is 0 or more layers"
+            )
         with ExitStack() as undo:
             opened = _open_drive(drive, undo)
             name = name_on_drive(model)
@@ -145,7 +150,6 @@ def _start(
     checksums = Checksums(packed, read_crc_table(drive, packed))
     fetcher = Fetcher(drive, model_id, readers[0], checksums, tally)
     resident = load_resident(packed, plan, fetcher, read_frequencies(drive, packed), progress)
-    drive.set_residency(model_id, residency_of(resident.values()))
     buffers = [Buffer(plan.buffer_bytes) for _ in range(BUFFERS)]
     prefetcher = Prefetcher(drive, model_id, readers[1], checksums, resident, buffers, tally)
     undo.callback(prefetcher.close)

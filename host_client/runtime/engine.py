@@ -29,7 +29,7 @@ from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
 from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import ContextExceeded, WindowTooSmall
-from host_client.runtime.residency import ResidentSite
+from host_client.runtime.residency import ResidentSite, residency_of
 from host_client.runtime.tally import Tally
 
 U16 = npt.NDArray[np.uint16]
@@ -110,6 +110,7 @@ class Engine:
     def begin(self, rows: int) -> None:
         """A pass over `rows` = batch x tokens starts."""
         self._threads.suit(rows)
+        self.tell_residency()
         guided = self._guidance is not None and rows <= GUIDED_TOKENS_MAX
         if self._prefetcher.next_number not in (None, 0) or guided or self._guided:
             self._drop()
@@ -117,6 +118,12 @@ class Engine:
             self._next = 0
         self._guided = guided
         self._pump()
+
+    def tell_residency(self) -> None:
+        """Say what this model holds, unless it was the last to speak of its packed model."""
+        if self.drive.told_by(self.model_id) is not self:
+            told = residency_of(self.resident.values())
+            self.drive.set_residency(self.model_id, told, teller=self)
 
     def check_context(self, tokens: int) -> None:
         """The KV cache is about to hold `tokens` in all its rows. Raises ContextExceeded."""

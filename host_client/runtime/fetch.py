@@ -56,8 +56,11 @@ class Fetcher:
         target = StageTarget(site=site.site, units=units, ignore_residency=True)
         staged = self._drive.stage(self._model, [target]).result(STAGE_TIMEOUT_S)
         lease = staged.sites[0]
-        self._reader.read([Extent(lease.window_offset, lease.length_bytes, buffer, offset_bytes)])
-        self._drive.release([lease.lease])
+        extent = Extent(lease.window_offset, lease.length_bytes, buffer, offset_bytes)
+        try:
+            self._reader.read([extent])
+        finally:
+            self._drive.release(staged.leases)
         values = buffer.array[offset_bytes : offset_bytes + lease.length_bytes]
         self._checksums.verify(site, units, values.reshape(units.size, site.unit_bytes))
         self._tally.add_staged(staged)

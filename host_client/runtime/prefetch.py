@@ -215,7 +215,14 @@ class Prefetcher:
             sites = iter(staged.sites)
         for request in burst.requests:
             mine = list(itertools.islice(sites, len(request.wanted)))
-            request.arrived.put(self._arrive(request, mine))
+            try:
+                arrival = self._arrive(request, mine)
+            except BaseException:
+                mine += sites  # the later steps of the command will not be read either
+                raise
+            finally:
+                self._read_leases.extend(site.lease for site in mine if site.lease)
+            request.arrived.put(arrival)
 
     def _arrive(self, request: _Request, staged: list[StagedSite]) -> Arrival:
         arrival = Arrival(request.step.number)
@@ -245,7 +252,6 @@ class Prefetcher:
                 f"{self._buffer_bytes}"
             )
         self._reader.read(extents)
-        self._read_leases.extend(site.lease for site in staged if site.lease)
         for wanted, site, offset in zip(request.wanted, staged, offsets, strict=True):
             arrival.blocks[site.site] = self._block(wanted, site, buffer, offset)
 

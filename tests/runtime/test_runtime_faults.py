@@ -132,9 +132,6 @@ def test_damage_while_resident_units_are_loaded_leaves_nothing_open(
     assert lab.leases == 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the leases of a command's later steps are forgotten after a damaged one"
-)
 def test_no_lease_is_lost_with_a_damaged_unit(make_lab, tokens_of, damage: Damage) -> None:
     lab = make_lab()
     model = lab.open(NAME, lab.budget(NAME, 0.0))
@@ -282,9 +279,6 @@ def test_two_models_use_one_drive_by_turns(lab, agree) -> None:
         assert agree(lab, second, "untied")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a drive keeps one residency a host and model: the later one is believed"
-)
 def test_one_model_opened_twice_on_one_connection(lab, agree) -> None:
     first = lab.open(NAME, lab.budget(NAME, 0.0))
     second = lab.open(NAME)

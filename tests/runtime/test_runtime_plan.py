@@ -115,11 +115,16 @@ def test_the_smallest_budget_works_to_the_byte(model: PackedModel, context: int)
 def test_a_larger_budget_never_stages_more(
     model: PackedModel, context: int, first: float, second: float
 ) -> None:
-    """But for what is left over of one grain: a neuron of each layer."""
+    """But for the grain: whole sites of a layer are kept or not, and neurons of all layers at once.
+
+    A larger budget may keep one more layer's heads, which does not make the staging buffers
+    smaller, where neurons of every layer would have.
+    """
     least, most = smallest(model, context), whole(model, context).total_bytes
     spread = max(0, most - least)
     lower, higher = (least + int(share * spread) for share in sorted((first, second)))
     grain = model.layer_count * model.find(Role.FFN, 0).unit_bytes
+    grain += sum(site.length_bytes for site in model.sites if site.layer == 0)
     less = make_plan(model, lower, context).staged_bytes_per_token
     more = make_plan(model, higher, context).staged_bytes_per_token
     assert more <= less + grain

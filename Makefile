@@ -46,6 +46,9 @@ demo: $(STAMP)
 	$(BIN)/csd pack smollm2-135m
 	$(BIN)/csd generate smollm2-135m --dram "$(DEMO_BUDGET)" --prompt "$(DEMO_PROMPT)" \
 	    --max-new-tokens 96
+	@printf '\nOnce more, with half of the neurons, chosen by the predictor on the drive:\n'
+	$(BIN)/csd generate smollm2-135m --dram "$(DEMO_BUDGET)" --prompt "$(DEMO_PROMPT)" \
+	    --max-new-tokens 48 --quality 0.5
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS)

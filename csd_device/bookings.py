@@ -1,0 +1,136 @@
+"""What serves one thing at a time - a bus, a link - as spans of time that are taken, over arrays.
+
+Each lane (one channel, one link) keeps its bookings, ascending and disjoint. Work that is ready at
+some time takes the first gap that fits it, so what is asked later but ready earlier does not wait
+behind. A command cycle *slips*: it goes at the next boundary between two bookings, although the
+bus may be promised beyond it, and the bus pays for it in the first gap behind that boundary. So
+times that were told stay as they are, at most a few command cycles early, and no time of the bus is
+given out twice. A lane remembers its newest BOOKINGS_MAX bookings; nothing goes before those that
+it forgot. All in integers: the same calls give the same times.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+I64 = npt.NDArray[np.int64]
+
+BOOKINGS_MAX = 1024
+_START, _END = 0, 1
+
+
+class Bookings(NamedTuple):
+    """State of some lanes; nanoseconds. In row `lane` of spans, [heads : ends] is in use."""
+
+    spans: I64  # [lanes, 2 * BOOKINGS_MAX, 2]
+    heads: I64  # [lanes]
+    ends: I64  # [lanes]
+    floors: I64  # [lanes] nothing starts before
+    busy_ns: I64  # [lanes] booked so far, in all
+
+
+def make_bookings(lanes: int) -> Bookings:
+    """All idle."""
+    spans = np.zeros((lanes, 2 * BOOKINGS_MAX, 2), np.int64)
+    heads, ends, floors, busy_ns = np.zeros((4, lanes), np.int64)
+    return Bookings(spans, heads, ends, floors, busy_ns)
+
+
+@njit(nogil=True, cache=True)
+def _first_after(spans: Any, head: Any, end: Any, ready: Any) -> Any:
+    """Index of the first span that ends after `ready`."""
+    if head == end or spans[end - 1, _END] <= ready:
+        return end
+    while head < end:
+        middle = (head + end) >> 1
+        if spans[middle, _END] <= ready:
+            head = middle + 1
+        else:
+            end = middle
+    return head
+
+
+@njit(nogil=True, cache=True)
+def _insert(bookings: Any, lane: Any, index: Any, start: Any, end: Any) -> None:
+    spans = bookings.spans[lane]
+    first, last = bookings.heads[lane], bookings.ends[lane]
+    if last == spans.shape[0]:
+        for at in range(first, last):
+            spans[at - first, _START], spans[at - first, _END] = spans[at, _START], spans[at, _END]
+        index, last, first = index - first, last - first, 0
+    for at in range(last, index, -1):
+        spans[at, _START], spans[at, _END] = spans[at - 1, _START], spans[at - 1, _END]
+    spans[index, _START], spans[index, _END] = start, end
+    last += 1
+    if last - first > BOOKINGS_MAX:
+        bookings.floors[lane] = max(bookings.floors[lane], spans[first, _END])
+        first += 1
+    bookings.heads[lane], bookings.ends[lane] = first, last
+
+
+@njit(nogil=True, cache=True)
+def forget(bookings: Any, lane: Any, before: Any) -> None:
+    """Drops what ends by `before`; nothing goes ahead of it from here on."""
+    spans = bookings.spans[lane]
+    head, end = bookings.heads[lane], bookings.ends[lane]
+    while head < end and spans[head, _END] <= before:
+        bookings.floors[lane] = max(bookings.floors[lane], spans[head, _END])
+        head += 1
+    bookings.heads[lane] = head
+
+
+@njit(nogil=True, cache=True)
+def book(bookings: Any, lane: Any, ready: Any, length: Any, merge: Any) -> Any:
+    """Takes the first gap of `length` ns from `ready` on; its start.
+
+    With `merge` it becomes one with the booking that it follows at once: then there is no boundary
+    for commands to slip in.
+    """
+    start = max(ready, bookings.floors[lane])
+    if length == 0:
+        return start
+    spans, first, last = bookings.spans[lane], bookings.heads[lane], bookings.ends[lane]
+    index = _first_after(spans, first, last, start)
+    while index < last and spans[index, _START] < start + length:
+        start = max(start, spans[index, _END])
+        index += 1
+    bookings.busy_ns[lane] += length
+    if merge and index > first and spans[index - 1, _END] == start:
+        spans[index - 1, _END] = start + length
+    else:
+        _insert(bookings, lane, index, start, start + length)
+    return start
+
+
+@njit(nogil=True, cache=True)
+def slip(bookings: Any, lane: Any, ready: Any, length: Any) -> Any:
+    """When a command of `length` ns starts: at the next boundary before something longer."""
+    start = max(ready, bookings.floors[lane])
+    spans, last = bookings.spans[lane], bookings.ends[lane]
+    index = _first_after(spans, bookings.heads[lane], last, start)
+    if index < last and spans[index, _START] < start:
+        start = spans[index, _END]
+        index += 1
+    while index < last and spans[index, _START] == start and spans[index, _END] - start <= length:
+        start = spans[index, _END]
+        index += 1
+    book(bookings, lane, start, length, False)
+    return start
+
+
+@njit(nogil=True, cache=True)
+def stream(bookings: Any, lane: Any, times: Any, total_ns: Any) -> None:
+    """Equal parts of a transfer of `total_ns`, ready at `times` (ascending), go through the lane.
+
+    `times` then says when each part has gone through.
+    """
+    parts = times.shape[0]
+    gone = np.int64(0)
+    for part in range(parts):
+        length = total_ns * (part + 1) // parts - gone
+        gone += length
+        times[part] = book(bookings, lane, times[part], length, True) + length
+    if parts > 1:
+        times.sort()

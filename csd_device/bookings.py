@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 I64 = npt.NDArray[np.int64]
 
 BOOKINGS_MAX = 1024
 _START, _END = 0, 1
+_ROW_BYTES = 16
+_NEARBY = 8  # newest spans looked at one by one: most work belongs there
 
 
 class Bookings(NamedTuple):
@@ -41,8 +45,11 @@ def make_bookings(lanes: int) -> Bookings:
 @njit(nogil=True, cache=True)
 def _first_after(spans: Any, head: Any, end: Any, ready: Any) -> Any:
     """Index of the first span that ends after `ready`."""
-    if head == end or spans[end - 1, _END] <= ready:
-        return end
+    nearby = max(head, end - _NEARBY)
+    while end > nearby:
+        if spans[end - 1, _END] <= ready:
+            return end
+        end -= 1
     while head < end:
         middle = (head + end) >> 1
         if spans[middle, _END] <= ready:
@@ -52,16 +59,34 @@ def _first_after(spans: Any, head: Any, end: Any, ready: Any) -> Any:
     return head
 
 
+@intrinsic
+def _memmove(typing_context: Any, target: Any, source: Any, length: Any) -> Any:
+    """memmove between two addresses: a loop over rows is not compiled to one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = cgutils.voidptr_t
+        to, at = (builder.inttoptr(argument, pointer) for argument in arguments[:2])
+        cgutils.raw_memmove(builder, to, at, arguments[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
+
+
+@njit(nogil=True, cache=True)
+def _move_rows(spans: Any, source: Any, target: Any, count: Any) -> None:
+    """Rows [source : source + count] to `target`; they may overlap."""
+    base = np.int64(spans.ctypes.data)
+    _memmove(base + target * _ROW_BYTES, base + source * _ROW_BYTES, count * _ROW_BYTES)
+
+
 @njit(nogil=True, cache=True)
 def _insert(bookings: Any, lane: Any, index: Any, start: Any, end: Any) -> None:
     spans = bookings.spans[lane]
     first, last = bookings.heads[lane], bookings.ends[lane]
     if last == spans.shape[0]:
-        for at in range(first, last):
-            spans[at - first, _START], spans[at - first, _END] = spans[at, _START], spans[at, _END]
+        _move_rows(spans, first, 0, last - first)
         index, last, first = index - first, last - first, 0
-    for at in range(last, index, -1):
-        spans[at, _START], spans[at, _END] = spans[at - 1, _START], spans[at - 1, _END]
+    _move_rows(spans, index, index + 1, last - index)
     spans[index, _START], spans[index, _END] = start, end
     last += 1
     if last - first > BOOKINGS_MAX:
@@ -82,6 +107,21 @@ def forget(bookings: Any, lane: Any, before: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
+def _take(bookings: Any, lane: Any, index: Any, start: Any, length: Any, merge: Any) -> Any:
+    """Books the first gap from `start` on; `index` is the first span that ends after it."""
+    spans, last = bookings.spans[lane], bookings.ends[lane]
+    while index < last and spans[index, _START] < start + length:
+        start = max(start, spans[index, _END])
+        index += 1
+    bookings.busy_ns[lane] += length
+    if merge and index > bookings.heads[lane] and spans[index - 1, _END] == start:
+        spans[index - 1, _END] = start + length
+    else:
+        _insert(bookings, lane, index, start, start + length)
+    return start
+
+
+@njit(nogil=True, cache=True)
 def book(bookings: Any, lane: Any, ready: Any, length: Any, merge: Any) -> Any:
     """Takes the first gap of `length` ns from `ready` on; its start.
 
@@ -91,17 +131,9 @@ def book(bookings: Any, lane: Any, ready: Any, length: Any, merge: Any) -> Any:
     start = max(ready, bookings.floors[lane])
     if length == 0:
         return start
-    spans, first, last = bookings.spans[lane], bookings.heads[lane], bookings.ends[lane]
-    index = _first_after(spans, first, last, start)
-    while index < last and spans[index, _START] < start + length:
-        start = max(start, spans[index, _END])
-        index += 1
-    bookings.busy_ns[lane] += length
-    if merge and index > first and spans[index - 1, _END] == start:
-        spans[index - 1, _END] = start + length
-    else:
-        _insert(bookings, lane, index, start, start + length)
-    return start
+    first, last = bookings.heads[lane], bookings.ends[lane]
+    index = _first_after(bookings.spans[lane], first, last, start)
+    return _take(bookings, lane, index, start, length, merge)
 
 
 @njit(nogil=True, cache=True)
@@ -116,7 +148,8 @@ def slip(bookings: Any, lane: Any, ready: Any, length: Any) -> Any:
     while index < last and spans[index, _START] == start and spans[index, _END] - start <= length:
         start = spans[index, _END]
         index += 1
-    book(bookings, lane, start, length, False)
+    if length:
+        _take(bookings, lane, index, start, length, False)
     return start
 
 

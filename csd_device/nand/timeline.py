@@ -110,41 +110,50 @@ def _note(state: Any, resource: Any, index: Any, kind: Any, start: Any, end: Any
 
 
 @njit(nogil=True, cache=True)
-def _sort_by_die(ppns: Any, rules: Any) -> Any:
-    """Page indices grouped by die (numbered channel by channel), each die in order of arrival.
+def _find(ppn: Any, rules: Any) -> Any:
+    """Die (numbered channel by channel), plane and page offset in its block of a PPN."""
+    row = ppn // rules.channels
+    above = row // rules.planes
+    turn = above // rules.dies
+    die = (ppn - row * rules.channels) * rules.dies + above - turn * rules.dies
+    return die, row - above * rules.planes, turn % rules.pages
 
-    Returns the order [n] and where each die's part of it starts [channels * dies + 1].
+
+@njit(nogil=True, cache=True)
+def _sort_by_die(ppns: Any, rules: Any) -> Any:
+    """Pages grouped by die, each die in order of arrival.
+
+    Returns the order [n], where each die's part of it starts [dies of all channels + 1], and of
+    each page its offset in the block and its plane as a bit [n, 2].
     """
-    channels, dies = rules.channels, rules.dies
+    dies = rules.channels * rules.dies
     count = ppns.shape[0]
     die_of = np.empty(count, np.int32)
-    starts = np.zeros(channels * dies + 1, np.int64)
+    places = np.empty((count, 2), np.int64)
+    starts = np.zeros(dies + 1, np.int64)
     for index in range(count):
-        row = ppns[index] // channels
-        die = (ppns[index] - row * channels) * dies + (row // rules.planes) % dies
+        die, plane, page = _find(ppns[index], rules)
         die_of[index] = die
+        places[index, 0], places[index, 1] = page, np.int64(1) << plane
         starts[die + 1] += 1
-    for die in range(channels * dies):
+    for die in range(dies):
         starts[die + 1] += starts[die]
     order = np.empty(count, np.int64)
     fill = starts[:-1].copy()
     for index in range(count):
         order[fill[die_of[index]]] = index
         fill[die_of[index]] += 1
-    return order, starts
+    return order, starts, places
 
 
 @njit(nogil=True, cache=True)
-def _group_end(batch: Any, order: Any, end: Any, ready: Any, rules: Any) -> Any:
-    """How many pages at the head of `order` share a multi-plane command that starts at `ready`."""
-    row = batch.ppns[order[0]] // rules.channels
-    page = row // (rules.planes * rules.dies) % rules.pages
-    used = np.int64(1) << (row % rules.planes)
-    last = 1
+def _group_end(batch: Any, order: Any, places: Any, first: Any, end: Any, ready: Any) -> Any:
+    """One past the pages, from `first` on, of a multi-plane command that starts at `ready`."""
+    page, used = places[order[first], 0], places[order[first], 1]
+    last = first + 1
     while last < end and batch.arrivals[order[last]] <= ready:
-        row = batch.ppns[order[last]] // rules.channels
-        plane = np.int64(1) << (row % rules.planes)
-        if row // (rules.planes * rules.dies) % rules.pages != page or used & plane:
+        plane = places[order[last], 1]
+        if places[order[last], 0] != page or used & plane:
             break
         used |= plane
         last += 1
@@ -152,10 +161,9 @@ def _group_end(batch: Any, order: Any, end: Any, ready: Any, rules: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _array_ns(batch: Any, order: Any, rules: Any, operation: Any) -> Any:
+def _array_ns(batch: Any, order: Any, page: Any, operation: Any) -> Any:
     """What the array takes for one group: its pages are of one type; the slowest counts."""
-    row = batch.ppns[order[0]] // (rules.channels * rules.planes * rules.dies)
-    array_ns = operation.array_ns[row % rules.pages % operation.array_ns.shape[0]]
+    array_ns = operation.array_ns[page % operation.array_ns.shape[0]]
     if batch.extra.shape[0] == 0:
         return array_ns
     extra = np.int64(0)
@@ -165,7 +173,7 @@ def _array_ns(batch: Any, order: Any, rules: Any, operation: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _move(state: Any, rules: Any, kind: Any, channel: Any, ready: Any, length: Any) -> Any:
+def _move(state: Any, kind: Any, channel: Any, ready: Any, length: Any) -> Any:
     """Data or status on the bus; when it has gone through."""
     start = book(state.bus, channel, ready, length, False)
     if length:
@@ -175,8 +183,9 @@ def _move(state: Any, rules: Any, kind: Any, channel: Any, ready: Any, length: A
 
 @njit(nogil=True, cache=True)
 def _place_read(
-    state: Any, rules: Any, operation: Any, die: Any, ready: Any, batch: Any, order: Any
-) -> None:
+    state: Any, rules: Any, operation: Any, die: Any, ready: Any, batch: Any, order: Any,
+    page_offset: Any,
+) -> None:  # fmt: skip
     """One read command for the pages of `order`, all of one die."""
     channel = die // rules.dies
     index, suspended_at = 0, np.int64(-1)
@@ -188,13 +197,13 @@ def _place_read(
             suspended_at = asked
     cycles_ns = rules.command_ns * order.shape[0]
     start = slip(state.bus, channel, ready, cycles_ns)
-    loaded = start + cycles_ns + _array_ns(batch, order, rules, operation)
+    loaded = start + cycles_ns + _array_ns(batch, order, page_offset, operation)
     if rules.cache_read and start < state.drained[die]:
         loaded = max(loaded, state.drained[die]) + rules.cache_busy_ns
     at = loaded
     status_ns = rules.status_ns
     for page in order:
-        at = _move(state, rules, operation.kind, channel, at, status_ns + batch.moves[page])
+        at = _move(state, operation.kind, channel, at, status_ns + batch.moves[page])
         batch.done[page] = at
         status_ns = 0
     free = loaded if rules.cache_read else at
@@ -207,8 +216,9 @@ def _place_read(
 
 @njit(nogil=True, cache=True)
 def _place_change(
-    state: Any, rules: Any, operation: Any, die: Any, ready: Any, batch: Any, order: Any
-) -> None:
+    state: Any, rules: Any, operation: Any, die: Any, ready: Any, batch: Any, order: Any,
+    page_offset: Any,
+) -> None:  # fmt: skip
     """One program or erase command for the pages of `order`, all of one die."""
     channel = die // rules.dies
     ready = max(ready, state.drained[die], backlog_end(state.backlog, die))
@@ -216,9 +226,9 @@ def _place_change(
     start = slip(state.bus, channel, ready, cycles_ns)
     at = start + cycles_ns
     for page in order:
-        at = _move(state, rules, operation.kind, channel, at, batch.moves[page])
-    at += _array_ns(batch, order, rules, operation)
-    at = _move(state, rules, operation.kind, channel, at, rules.status_ns)
+        at = _move(state, operation.kind, channel, at, batch.moves[page])
+    at += _array_ns(batch, order, page_offset, operation)
+    at = _move(state, operation.kind, channel, at, rules.status_ns)
     for page in order:
         batch.done[page] = at
     state.die_busy[die] += at - start
@@ -233,12 +243,13 @@ def _place_change(
 
 @njit(nogil=True, cache=True)
 def _place(
-    state: Any, rules: Any, operation: Any, die: Any, ready: Any, batch: Any, order: Any
-) -> None:
+    state: Any, rules: Any, operation: Any, die: Any, ready: Any, batch: Any, order: Any,
+    page_offset: Any,
+) -> None:  # fmt: skip
     if operation.kind == READ:
-        _place_read(state, rules, operation, die, ready, batch, order)
+        _place_read(state, rules, operation, die, ready, batch, order, page_offset)
     else:
-        _place_change(state, rules, operation, die, ready, batch, order)
+        _place_change(state, rules, operation, die, ready, batch, order, page_offset)
 
 
 @njit(nogil=True, cache=True)
@@ -253,8 +264,9 @@ def _let_pass(state: Any, rules: Any, channel: Any, before: Any) -> None:
 
 @njit(nogil=True, cache=True)
 def _run_channel(
-    state: Any, rules: Any, operation: Any, channel: Any, batch: Any, order: Any, starts: Any
-) -> None:
+    state: Any, rules: Any, operation: Any, channel: Any, batch: Any,
+    order: Any, starts: Any, places: Any,
+) -> None:  # fmt: skip
     """Serves all pages of one channel: whichever die can start first goes."""
     dies, base = rules.dies, channel * rules.dies
     nexts = starts[base : base + dies].copy()
@@ -267,33 +279,37 @@ def _run_channel(
                     best, best_ready = die, ready
         if best < 0:
             return
-        waiting = order[nexts[best] : starts[base + best + 1]]
-        count = _group_end(batch, waiting, waiting.shape[0], best_ready, rules)
-        _place(state, rules, operation, base + best, best_ready, batch, waiting[:count])
-        nexts[best] += count
+        first, end = nexts[best], starts[base + best + 1]
+        last = _group_end(batch, order, places, first, end, best_ready)
+        page_offset = places[order[first], 0]
+        _place(
+            state, rules, operation, base + best, best_ready, batch, order[first:last], page_offset
+        )
+        nexts[best] = last
 
 
 @njit(nogil=True, cache=True)
 def schedule(state: Any, rules: Any, operation: Any, batch: Any) -> None:
     """Fills batch.done [n]; updates the busy times. n is at least 1."""
     first = batch.arrivals.min()
-    order, starts = _sort_by_die(batch.ppns, rules)
+    order, starts, places = _sort_by_die(batch.ppns, rules)
     for channel in range(rules.channels):
         base = channel * rules.dies
         if starts[base] < starts[base + rules.dies]:
             _let_pass(state, rules, channel, first)
-            _run_channel(state, rules, operation, channel, batch, order, starts)
+            _run_channel(state, rules, operation, channel, batch, order, starts, places)
 
 
 @njit(nogil=True, cache=True)
 def schedule_one(state: Any, rules: Any, operation: Any, batch: Any) -> None:
     """`schedule` for a batch of one page, without its overhead."""
-    row = batch.ppns[0] // rules.channels
-    channel = batch.ppns[0] - row * rules.channels
-    die = channel * rules.dies + (row // rules.planes) % rules.dies
-    _let_pass(state, rules, channel, batch.arrivals[0])
+    die, _, page_offset = _find(batch.ppns[0], rules)
+    _let_pass(state, rules, die // rules.dies, batch.arrivals[0])
     ready = max(batch.arrivals[0], state.die_free[die])
-    _place(state, rules, operation, die, ready, batch, np.zeros(1, np.int64))
+    _place(state, rules, operation, die, ready, batch, _ONE_PAGE, page_offset)
+
+
+_ONE_PAGE: I64 = np.zeros(1, np.int64)
 
 
 class Timeline:

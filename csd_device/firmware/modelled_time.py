@@ -34,7 +34,14 @@ FLOW_PARTS_MAX = 256  # 1 MiB by sectors
 
 
 class NandTimeline(Protocol):
-    """What the firmware needs of NAND's timeline; times in and out are the drive clock's."""
+    """What the firmware needs of NAND's timeline; times in and out are the drive clock's.
+
+    `state`, `rules` and `read` are for what is compiled (`firmware.batch`).
+    """
+
+    state: Any
+    rules: Any
+    read: Any
 
     def read_pages(
         self, arrival_ns: int, ppns: I64, transfer_bytes: I64, extra_ns: I64 | None = None
@@ -102,15 +109,19 @@ class DriveTime:
         """When each sector of pages that are done at these times had left the flash, ascending."""
         moves = self.nand.moves_ns(transfer_bytes)
         times = spread_sectors(done, moves, transfer_bytes // SECTOR_BYTES)
-        return thin_out(times)
+        parts: I64 = thin_out(times)
+        return parts
 
 
-def thin_out(times: I64) -> I64:
+@njit(nogil=True, cache=True)
+def thin_out(times: Any) -> Any:
     """At most FLOW_PARTS_MAX of these times, ascending: of each part the last."""
-    if times.size <= FLOW_PARTS_MAX:
+    if times.shape[0] <= FLOW_PARTS_MAX:
         return times
-    ends = np.arange(1, FLOW_PARTS_MAX + 1) * times.size // FLOW_PARTS_MAX
-    return times[ends - 1]
+    parts = np.empty(FLOW_PARTS_MAX, np.int64)
+    for part in range(FLOW_PARTS_MAX):
+        parts[part] = times[(part + 1) * times.shape[0] // FLOW_PARTS_MAX - 1]
+    return parts
 
 
 @njit(nogil=True, cache=True)

@@ -25,21 +25,20 @@ _ROW_BYTES = 16
 _NEARBY = 8  # newest spans looked at one by one: most work belongs there
 
 
-class Bookings(NamedTuple):
-    """State of some lanes; nanoseconds. In row `lane` of spans, [heads : ends] is in use."""
+HEAD, LAST, FLOOR, BUSY = 0, 1, 2, 3  # columns of a lane
 
-    spans: I64  # [lanes, 2 * BOOKINGS_MAX, 2]
-    heads: I64  # [lanes]
-    ends: I64  # [lanes]
-    floors: I64  # [lanes] nothing starts before
-    busy_ns: I64  # [lanes] booked so far, in all
+
+class Bookings(NamedTuple):
+    """State of some lanes. Few arrays: compiled functions pass each by its dozen words."""
+
+    spans: I64  # [lanes, 2 * BOOKINGS_MAX, 2] start and end, ns; [HEAD : LAST] of a lane is in use
+    lanes: I64  # [lanes, 4] FLOOR: nothing starts before this time; BUSY: ns booked so far, in all
 
 
 def make_bookings(lanes: int) -> Bookings:
     """All idle."""
     spans = np.zeros((lanes, 2 * BOOKINGS_MAX, 2), np.int64)
-    heads, ends, floors, busy_ns = np.zeros((4, lanes), np.int64)
-    return Bookings(spans, heads, ends, floors, busy_ns)
+    return Bookings(spans, np.zeros((lanes, 4), np.int64))
 
 
 @njit(nogil=True, cache=True)
@@ -82,7 +81,7 @@ def _move_rows(spans: Any, source: Any, target: Any, count: Any) -> None:
 @njit(nogil=True, cache=True)
 def _insert(bookings: Any, lane: Any, index: Any, start: Any, end: Any) -> None:
     spans = bookings.spans[lane]
-    first, last = bookings.heads[lane], bookings.ends[lane]
+    first, last = bookings.lanes[lane, HEAD], bookings.lanes[lane, LAST]
     if last == spans.shape[0]:
         _move_rows(spans, first, 0, last - first)
         index, last, first = index - first, last - first, 0
@@ -90,31 +89,31 @@ def _insert(bookings: Any, lane: Any, index: Any, start: Any, end: Any) -> None:
     spans[index, _START], spans[index, _END] = start, end
     last += 1
     if last - first > BOOKINGS_MAX:
-        bookings.floors[lane] = max(bookings.floors[lane], spans[first, _END])
+        bookings.lanes[lane, FLOOR] = max(bookings.lanes[lane, FLOOR], spans[first, _END])
         first += 1
-    bookings.heads[lane], bookings.ends[lane] = first, last
+    bookings.lanes[lane, HEAD], bookings.lanes[lane, LAST] = first, last
 
 
 @njit(nogil=True, cache=True)
 def forget(bookings: Any, lane: Any, before: Any) -> None:
     """Drops what ends by `before`; nothing goes ahead of it from here on."""
     spans = bookings.spans[lane]
-    head, end = bookings.heads[lane], bookings.ends[lane]
+    head, end = bookings.lanes[lane, HEAD], bookings.lanes[lane, LAST]
     while head < end and spans[head, _END] <= before:
-        bookings.floors[lane] = max(bookings.floors[lane], spans[head, _END])
+        bookings.lanes[lane, FLOOR] = max(bookings.lanes[lane, FLOOR], spans[head, _END])
         head += 1
-    bookings.heads[lane] = head
+    bookings.lanes[lane, HEAD] = head
 
 
 @njit(nogil=True, cache=True)
 def _take(bookings: Any, lane: Any, index: Any, start: Any, length: Any, merge: Any) -> Any:
     """Books the first gap from `start` on; `index` is the first span that ends after it."""
-    spans, last = bookings.spans[lane], bookings.ends[lane]
+    spans, last = bookings.spans[lane], bookings.lanes[lane, LAST]
     while index < last and spans[index, _START] < start + length:
         start = max(start, spans[index, _END])
         index += 1
-    bookings.busy_ns[lane] += length
-    if merge and index > bookings.heads[lane] and spans[index - 1, _END] == start:
+    bookings.lanes[lane, BUSY] += length
+    if merge and index > bookings.lanes[lane, HEAD] and spans[index - 1, _END] == start:
         spans[index - 1, _END] = start + length
     else:
         _insert(bookings, lane, index, start, start + length)
@@ -128,10 +127,10 @@ def book(bookings: Any, lane: Any, ready: Any, length: Any, merge: Any) -> Any:
     With `merge` it becomes one with the booking that it follows at once: then there is no boundary
     for commands to slip in.
     """
-    start = max(ready, bookings.floors[lane])
+    start = max(ready, bookings.lanes[lane, FLOOR])
     if length == 0:
         return start
-    first, last = bookings.heads[lane], bookings.ends[lane]
+    first, last = bookings.lanes[lane, HEAD], bookings.lanes[lane, LAST]
     index = _first_after(bookings.spans[lane], first, last, start)
     return _take(bookings, lane, index, start, length, merge)
 
@@ -139,9 +138,9 @@ def book(bookings: Any, lane: Any, ready: Any, length: Any, merge: Any) -> Any:
 @njit(nogil=True, cache=True)
 def slip(bookings: Any, lane: Any, ready: Any, length: Any) -> Any:
     """When a command of `length` ns starts: at the next boundary before something longer."""
-    start = max(ready, bookings.floors[lane])
-    spans, last = bookings.spans[lane], bookings.ends[lane]
-    index = _first_after(spans, bookings.heads[lane], last, start)
+    start = max(ready, bookings.lanes[lane, FLOOR])
+    spans, last = bookings.spans[lane], bookings.lanes[lane, LAST]
+    index = _first_after(spans, bookings.lanes[lane, HEAD], last, start)
     if index < last and spans[index, _START] < start:
         start = spans[index, _END]
         index += 1

@@ -67,6 +67,9 @@ def _read_flash(
     """When each part of the data is in DRAM."""
     for index in range(count):
         pages.moves[index] = path.moves_ns[sectors[index]]
+    if count == 1:
+        schedule_one(state, rules, operation, pages)
+        return spread_sectors(pages.done[:1], pages.moves[:1], sectors[:1])
     part = Batch(
         pages.arrivals[:count],
         pages.ppns[:count],
@@ -74,10 +77,7 @@ def _read_flash(
         pages.extra,
         pages.done[:count],
     )
-    if count == 1:
-        schedule_one(state, rules, operation, part)
-    else:
-        schedule(state, rules, operation, part)
+    schedule(state, rules, operation, part)
     return thin_out(spread_sectors(part.done, part.moves, sectors[:count]))
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from csd_device.bookings import Bookings, book, forget, make_bookings, slip
+from csd_device.bookings import BUSY, Bookings, book, forget, make_bookings, slip
 from csd_device.config import CellTiming, Geometry
 from csd_device.nand.backlog import (
     BACKLOG_MAX,
@@ -43,6 +43,7 @@ I64 = npt.NDArray[np.int64]
 
 READ, PROGRAM, ERASE = 0, 1, 2  # kinds of operation
 DIE, CHANNEL = 0, 1  # resources of an event
+FREE, DRAINED, WORKED = 0, 1, 2  # columns of a die
 EVENT_COLUMNS = 5  # resource, its index (dies count over channels), kind, start ns, end ns
 
 
@@ -75,9 +76,7 @@ class State(NamedTuple):
 
     bus: Bookings
     backlog: Backlog
-    die_free: I64  # [dies] when the next command can go out
-    drained: I64  # [dies] when the registers are empty
-    die_busy: I64  # [dies] ns in all
+    dies: I64  # [dies, 3] FREE: the next command can go out; DRAINED: registers empty; WORKED: ns
     events: I64  # [limit, EVENT_COLUMNS]; limit 0: nothing is recorded
     event_count: I64  # [1] recorded, and beyond the limit lost
 
@@ -198,8 +197,8 @@ def _place_read(
     cycles_ns = rules.command_ns * order.shape[0]
     start = slip(state.bus, channel, ready, cycles_ns)
     loaded = start + cycles_ns + _array_ns(batch, order, page_offset, operation)
-    if rules.cache_read and start < state.drained[die]:
-        loaded = max(loaded, state.drained[die]) + rules.cache_busy_ns
+    if rules.cache_read and start < state.dies[die, DRAINED]:
+        loaded = max(loaded, state.dies[die, DRAINED]) + rules.cache_busy_ns
     at = loaded
     status_ns = rules.status_ns
     for page in order:
@@ -207,8 +206,8 @@ def _place_read(
         batch.done[page] = at
         status_ns = 0
     free = loaded if rules.cache_read else at
-    state.die_free[die], state.drained[die] = free, at
-    state.die_busy[die] += free - start
+    state.dies[die, FREE], state.dies[die, DRAINED] = free, at
+    state.dies[die, WORKED] += free - start
     _note(state, DIE, die, operation.kind, start, free)
     if has_backlog:
         put_off(state.backlog, die, index, suspended_at, at, rules.resume_ns)
@@ -221,7 +220,7 @@ def _place_change(
 ) -> None:  # fmt: skip
     """One program or erase command for the pages of `order`, all of one die."""
     channel = die // rules.dies
-    ready = max(ready, state.drained[die], backlog_end(state.backlog, die))
+    ready = max(ready, state.dies[die, DRAINED], backlog_end(state.backlog, die))
     cycles_ns = rules.command_ns * order.shape[0]
     start = slip(state.bus, channel, ready, cycles_ns)
     at = start + cycles_ns
@@ -231,14 +230,14 @@ def _place_change(
     at = _move(state, operation.kind, channel, at, rules.status_ns)
     for page in order:
         batch.done[page] = at
-    state.die_busy[die] += at - start
+    state.dies[die, WORKED] += at - start
     _note(state, DIE, die, operation.kind, start, at)
     if rules.priority:
         final = settle(state.backlog, die, 0, BACKLOG_MAX - 1)
-        state.die_free[die] = max(state.die_free[die], final)
+        state.dies[die, FREE] = max(state.dies[die, FREE], final)
         promise(state.backlog, die, start, at, rules.suspends, operation.suspend_ns)
     else:
-        state.die_free[die] = state.drained[die] = at
+        state.dies[die, FREE] = state.dies[die, DRAINED] = at
 
 
 @njit(nogil=True, cache=True)
@@ -259,7 +258,7 @@ def _let_pass(state: Any, rules: Any, channel: Any, before: Any) -> None:
     for die in range(channel * rules.dies, (channel + 1) * rules.dies):
         if state.backlog.counts[die]:
             final = settle(state.backlog, die, before, BACKLOG_MAX)
-            state.die_free[die] = max(state.die_free[die], final)
+            state.dies[die, FREE] = max(state.dies[die, FREE], final)
 
 
 @njit(nogil=True, cache=True)
@@ -274,7 +273,7 @@ def _run_channel(
         best, best_ready = -1, np.int64(0)
         for die in range(dies):
             if nexts[die] < starts[base + die + 1]:
-                ready = max(batch.arrivals[order[nexts[die]]], state.die_free[base + die])
+                ready = max(batch.arrivals[order[nexts[die]]], state.dies[base + die, FREE])
                 if best < 0 or ready < best_ready:
                     best, best_ready = die, ready
         if best < 0:
@@ -305,7 +304,7 @@ def schedule_one(state: Any, rules: Any, operation: Any, batch: Any) -> None:
     """`schedule` for a batch of one page, without its overhead."""
     die, _, page_offset = _find(batch.ppns[0], rules)
     _let_pass(state, rules, die // rules.dies, batch.arrivals[0])
-    ready = max(batch.arrivals[0], state.die_free[die])
+    ready = max(batch.arrivals[0], state.dies[die, FREE])
     _place(state, rules, operation, die, ready, batch, _ONE_PAGE, page_offset)
 
 
@@ -357,14 +356,14 @@ class Timeline:
     def idle_ns(self) -> int:
         """When all that was asked for so far is done."""
         backlog = self.state.backlog
-        last = int(max(self.state.die_free.max(), self.state.drained.max()))
+        last = int(self.state.dies[:, :WORKED].max())
         for die in np.flatnonzero(backlog.counts):
             last = max(last, int(backlog.spans[die, backlog.counts[die] - 1, END]))
         return last
 
     def busy_times(self) -> BusyTimes:
         """Bus and die time used so far (channel and die utilisation over a run's length)."""
-        return BusyTimes(self.state.bus.busy_ns.copy(), self.state.die_busy.copy())
+        return BusyTimes(self.state.bus.lanes[:, BUSY].copy(), self.state.dies[:, WORKED].copy())
 
     def record_events(self, limit: int) -> None:
         """Records the next `limit` uses of dies and channels; 0 ends it."""
@@ -413,13 +412,10 @@ def _by_type(figures: tuple[int, ...]) -> I64:
 
 def _idle(geometry: Geometry) -> State:
     dies = geometry.dies
-    die_free, drained, die_busy = (np.zeros(dies, np.int64) for _ in range(3))
     return State(
         bus=make_bookings(geometry.channels),
         backlog=make_backlog(dies),
-        die_free=die_free,
-        drained=drained,
-        die_busy=die_busy,
+        dies=np.zeros((dies, 3), np.int64),
         events=np.zeros((0, EVENT_COLUMNS), np.int64),
         event_count=np.zeros(1, np.int64),
     )

@@ -221,10 +221,10 @@ class Link(_Section):
         """The rate of generation and lanes, unless the rate itself is stated."""
         if not isinstance(given, dict):
             return given
-        rate = PCIE_LANE_BYTES_PER_S.get(given.get("generation"))
-        lanes = given.get("lanes")
-        if (given.get("generation") is None) != (lanes is None):
+        generation, lanes = given.get("generation"), given.get("lanes")
+        if (generation is None) != (lanes is None):
             raise ValueError("generation and lanes go together")
+        rate = PCIE_LANE_BYTES_PER_S.get(generation) if isinstance(generation, int) else None
         if "bytes_per_s" not in given and rate and isinstance(lanes, int):
             return given | {"bytes_per_s": rate * lanes}
         if "bytes_per_s" not in given:

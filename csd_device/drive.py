@@ -133,9 +133,7 @@ class Drive:
         self._queues[queue.queue_id] = queue
         return queue
 
-    def read_batch(
-        self, slbas: I64, blocks: int, arrival_ns: I64, out: U8 | None = None
-    ) -> I64:
+    def read_batch(self, slbas: I64, blocks: int, arrival_ns: I64, out: U8 | None = None) -> I64:
         """Many reads at once, and when each is done [n]: `firmware.batch.read_batch`."""
         done = read_batch(self._controller, slbas, blocks, arrival_ns, out)
         self._pass_to(done)

@@ -9,9 +9,9 @@ A die is busy until the last data of a read has left it. With cache reads it is 
 lies in the cache register: the array works while the bus moves the page before, and a page waits in
 the array only for the page before to leave that register.
 
-Data takes the first gap of the bus; commands slip in between transfers (`csd_device.bookings`). So
-no die waits behind another one's queue, and a later call may use what an earlier one left idle. With
-read priority reads overtake programs and erases (`csd_device.nand.backlog`).
+Data takes the first gap of the bus; commands slip in between transfers (`csd_device.bookings`).
+So no die waits behind another one's queue, and a later call may use what an earlier one left idle.
+With read priority reads overtake programs and erases (`csd_device.nand.backlog`).
 
 A call is one batch. Pages are sorted by die, stably; then each channel runs alone: again and again
 the die that can start first does. docs/TIMING.md has the closed forms. All in integers: the same

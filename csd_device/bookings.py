@@ -1,12 +1,16 @@
 """What serves one thing at a time - a bus, a link - as spans of time that are taken, over arrays.
 
 Each lane (one channel, one link) keeps its bookings, ascending and disjoint. Work that is ready at
-some time takes the first gap that fits it, so what is asked later but ready earlier does not wait
-behind. A command cycle *slips*: it goes at the next boundary between two bookings, although the
-bus may be promised beyond it, and the bus pays for it in the first gap behind that boundary. So
-times that were told stay as they are, at most a few command cycles early, and no time of the bus is
-given out twice. A lane remembers its newest BOOKINGS_MAX bookings; nothing goes before those that
-it forgot. All in integers: the same calls give the same times.
+some time takes what is free of the lane from then on, so what is asked later but ready earlier does
+not wait behind. A booking may be split by earlier ones: work for a busy die is booked ahead, and a
+bus that really moves what is ready would have moved that work a little later instead; split or
+moved, the bus is done with both at the same time, and none of its time is lost in gaps too short.
+
+A command cycle *slips*: it goes at the next boundary between two bookings, although the bus may be
+promised beyond it, and the bus pays for it behind that boundary. So times that were told stay as
+they are, at most a few command cycles early, and no time of the bus is given out twice. A lane
+remembers its newest BOOKINGS_MAX bookings; nothing goes before those that it forgot. All in
+integers: the same calls give the same times.
 """
 
 from typing import Any, NamedTuple
@@ -79,7 +83,8 @@ def _move_rows(spans: Any, source: Any, target: Any, count: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _insert(bookings: Any, lane: Any, index: Any, start: Any, end: Any) -> None:
+def _insert(bookings: Any, lane: Any, index: Any, start: Any, end: Any) -> Any:
+    """Makes it span `index`; where that is then: a full array is moved to its front."""
     spans = bookings.spans[lane]
     first, last = bookings.lanes[lane, HEAD], bookings.lanes[lane, LAST]
     if last == spans.shape[0]:
@@ -92,6 +97,7 @@ def _insert(bookings: Any, lane: Any, index: Any, start: Any, end: Any) -> None:
         bookings.lanes[lane, FLOOR] = max(bookings.lanes[lane, FLOOR], spans[first, _END])
         first += 1
     bookings.lanes[lane, HEAD], bookings.lanes[lane, LAST] = first, last
+    return index
 
 
 @njit(nogil=True, cache=True)
@@ -106,25 +112,31 @@ def forget(bookings: Any, lane: Any, before: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _take(bookings: Any, lane: Any, index: Any, start: Any, length: Any, merge: Any) -> Any:
-    """Books the first gap from `start` on; `index` is the first span that ends after it."""
-    spans, last = bookings.spans[lane], bookings.lanes[lane, LAST]
-    while index < last and spans[index, _START] < start + length:
-        start = max(start, spans[index, _END])
-        index += 1
+def _take(bookings: Any, lane: Any, index: Any, at: Any, length: Any, merge: Any) -> Any:
+    """Books what is free from `at` on; `index` is the first span that ends after it. The end."""
+    spans = bookings.spans[lane]
     bookings.lanes[lane, BUSY] += length
-    if merge and index > bookings.lanes[lane, HEAD] and spans[index - 1, _END] == start:
-        spans[index - 1, _END] = start + length
-    else:
-        _insert(bookings, lane, index, start, start + length)
-    return start
+    while True:
+        piece = length
+        if index < bookings.lanes[lane, LAST]:
+            piece = min(length, max(spans[index, _START] - at, 0))
+        if piece:
+            length -= piece
+            if merge and index > bookings.lanes[lane, HEAD] and spans[index - 1, _END] == at:
+                spans[index - 1, _END] = at + piece
+            else:
+                index = _insert(bookings, lane, index, at, at + piece) + 1
+            if length == 0:
+                return at + piece
+        at = spans[index, _END]
+        index += 1
 
 
 @njit(nogil=True, cache=True)
 def book(bookings: Any, lane: Any, ready: Any, length: Any, merge: Any) -> Any:
-    """Takes the first gap of `length` ns from `ready` on; its start.
+    """Takes `length` ns of what is free from `ready` on; when the last of it is over.
 
-    With `merge` it becomes one with the booking that it follows at once: then there is no boundary
+    With `merge` it becomes one with a booking that it follows at once: then there is no boundary
     for commands to slip in.
     """
     start = max(ready, bookings.lanes[lane, FLOOR])
@@ -163,6 +175,6 @@ def stream(bookings: Any, lane: Any, times: Any, total_ns: Any) -> None:
     for part in range(parts):
         length = total_ns * (part + 1) // parts - gone
         gone += length
-        times[part] = book(bookings, lane, times[part], length, True) + length
+        times[part] = book(bookings, lane, times[part], length, True)
     if parts > 1:
         times.sort()

@@ -9,7 +9,7 @@ A die is busy until the last data of a read has left it. With cache reads it is 
 lies in the cache register: the array works while the bus moves the page before, and a page waits in
 the array only for the page before to leave that register.
 
-Data takes the first gap of the bus; commands slip in between transfers (`csd_device.bookings`).
+Data takes what is free of the bus; commands slip in between transfers (`csd_device.bookings`).
 So no die waits behind another one's queue, and a later call may use what an earlier one left idle.
 With read priority reads overtake programs and erases (`csd_device.nand.backlog`).
 
@@ -174,10 +174,10 @@ def _array_ns(batch: Any, order: Any, page: Any, operation: Any) -> Any:
 @njit(nogil=True, cache=True)
 def _move(state: Any, kind: Any, channel: Any, ready: Any, length: Any) -> Any:
     """Data or status on the bus; when it has gone through."""
-    start = book(state.bus, channel, ready, length, False)
+    end = book(state.bus, channel, ready, length, False)
     if length:
-        _note(state, CHANNEL, channel, kind, start, start + length)
-    return start + length
+        _note(state, CHANNEL, channel, kind, end - length, end)
+    return end
 
 
 @njit(nogil=True, cache=True)

@@ -40,7 +40,7 @@ def _read(name: str, depth: int, tiny: bool) -> Ratio:
         unit="reads/s",
         floor=1.0,
         against=f"{READS:,} in {ALLOWED_S:g} s",
-        notes=f"through firmware, FTL and link, data moved, one core",
+        notes="through firmware, FTL and link, data moved, one core",
     )
 
 

@@ -8,9 +8,10 @@ constraint, what a special value means and where the figure of the presets comes
 """
 
 import tomllib
+from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,6 +26,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(gt=0), BeforeValidator(parse_size)]
 SizeOrZero = Annotated[int, Field(ge=0), BeforeValidator(parse_size)]
+PerPageType = NonNegative | Annotated[tuple[NonNegative, ...], Field(min_length=1, max_length=4)]
 
 
 class _Section(BaseModel):
@@ -89,34 +91,158 @@ class Geometry(_Section):
         return self.pages * self.page_bytes
 
 
-class CellTiming(_Section):
-    """What the NAND and its bus take."""
+class Cell(StrEnum):
+    """Bits of a cell, and so the page types of a block: page p is of type p modulo the bits.
 
-    read_ns: NonNegative  # tR: array to page register; 40 us is a fast TLC part, assumed
-    program_ns: NonNegative  # tPROG; assumed
-    erase_ns: NonNegative  # tBERS; assumed
+    SLC has one type; MLC lower and upper; TLC lower, middle and upper; QLC lower, two middle and
+    upper. The order of types within a block is a simplification: real parts stagger them.
+    """
+
+    SLC = "slc"
+    MLC = "mlc"
+    TLC = "tlc"
+    QLC = "qlc"
+
+    @property
+    def bits(self) -> int:
+        return ("slc", "mlc", "tlc", "qlc").index(self.value) + 1
+
+
+# MT/s that a bus can do at most. ONFI: revisions 1.0, 2.3, 3.2, 4.0, 4.1, 4.2, 5.0 and 5.1.
+# Toggle: JESD230 and vendors' announcements, assumed.
+CHANNEL_INTERFACES_MT_S = {
+    "onfi-1.0": 50,
+    "onfi-2.3": 200,
+    "onfi-3.2": 533,
+    "onfi-4.0": 800,
+    "onfi-4.1": 1200,
+    "onfi-4.2": 1600,
+    "onfi-5.0": 2400,
+    "onfi-5.1": 3600,
+    "toggle-1.0": 133,
+    "toggle-2.0": 533,
+    "toggle-3.0": 1000,
+    "toggle-4.0": 1600,
+    "toggle-5.0": 2400,
+}
+
+
+class CellTiming(_Section):
+    """What the NAND and its bus take. See docs/TIMING.md for what each figure does."""
+
+    cell: Cell = Cell.SLC  # sets how many figures read_ns and program_ns may have
+    read_ns: PerPageType  # tR: array to page register; one figure, or one of each page type
+    program_ns: PerPageType  # tPROG; one figure, or one of each page type
+    erase_ns: NonNegative  # tBERS
     command_ns: NonNegative  # tCMD: command and address cycles on the bus, one plane; 290 ns
-    channel_mega_transfers_per_s: Positive  # MT/s of the bus (ONFI 5 ends at 3600)
+    status_ns: NonNegative = 0  # status cycles on the bus when the array is done; 0: none
+    channel_interface: str | None = None  # a name of CHANNEL_INTERFACES_MT_S; none: no limit
+    channel_mega_transfers_per_s: Positive  # MT/s of the bus, at most what the interface can do
     channel_width_bits: Positive  # 8 for ONFI and Toggle buses
+    cache_read: bool = False  # the array works while the bus moves the page before
+    cache_busy_ns: NonNegative = 0  # tRCBSY: page register to cache register, when they overlap
+    read_priority: bool = False  # reads go before programs and erases that have not started
+    suspends_max: NonNegative = 0  # times that one program or erase yields to reads; 0: never
+    program_suspend_ns: NonNegative = 0  # from the suspend command until the die takes a read
+    erase_suspend_ns: NonNegative = 0  # the same, of an erase
+    resume_ns: NonNegative = 0  # what a suspended operation takes longer, each time
+
+    @property
+    def read_ns_by_type(self) -> tuple[int, ...]:
+        """tR of each page type."""
+        return (self.read_ns,) if isinstance(self.read_ns, int) else self.read_ns
+
+    @property
+    def program_ns_by_type(self) -> tuple[int, ...]:
+        """tPROG of each page type."""
+        return (self.program_ns,) if isinstance(self.program_ns, int) else self.program_ns
 
     @property
     def channel_bytes_per_s(self) -> int:
         return self.channel_mega_transfers_per_s * 1_000_000 * self.channel_width_bits // 8
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("read_ns", "program_ns"):
+            figures = len(getattr(self, f"{name}_by_type"))
+            if figures not in (1, self.cell.bits):
+                raise ValueError(
+                    f"{name} has {figures} figures; {self.cell.value} has {self.cell.bits} "
+                    "page types, and one figure stands for all"
+                )
+        if self.suspends_max and not self.read_priority:
+            raise ValueError("suspends_max without read_priority: it is for reads that suspend")
+        self._check_interface()
+        return self
+
+    def _check_interface(self) -> None:
+        if self.channel_interface is None:
+            return
+        limit = CHANNEL_INTERFACES_MT_S.get(self.channel_interface)
+        if limit is None:
+            raise ValueError(
+                f"channel_interface = {self.channel_interface!r}; "
+                f"known are {', '.join(CHANNEL_INTERFACES_MT_S)}"
+            )
+        if self.channel_mega_transfers_per_s > limit:
+            raise ValueError(
+                f"channel_mega_transfers_per_s = {self.channel_mega_transfers_per_s}; "
+                f"{self.channel_interface} ends at {limit}"
+            )
+
+
+# Payload bytes per second of one lane, one direction: GT/s times line coding over 8 bits. PCI
+# Express base specification: 8b/10b up to generation 2, 128b/130b up to 5, 242 of 256 bytes of a
+# flit in 6.
+PCIE_LANE_BYTES_PER_S = {
+    1: 250_000_000,
+    2: 500_000_000,
+    3: 8_000_000_000 * 128 // 130 // 8,
+    4: 16_000_000_000 * 128 // 130 // 8,
+    5: 32_000_000_000 * 128 // 130 // 8,
+    6: 64_000_000_000 * 242 // 256 // 8,
+}
+
 
 class Link(_Section):
-    """Host interface: PCIe as a rate and an overhead, firmware as a constant."""
+    """Host interface: PCIe as a rate and an overhead a packet, firmware as a constant."""
 
-    bytes_per_s: Positive  # after line coding, one direction; PCIe 5 x4: 15.75 GB/s
+    generation: Annotated[int, Field(ge=1, le=6)] | None = None  # of PCIe; with lanes
+    lanes: Positive | None = None  # 1 to 16 of one drive; more for several drives seen as one
+    bytes_per_s: Positive  # one direction, after line coding; or from generation and lanes
     packet_payload_bytes: Positive  # payload of one packet; 256 is usual
     packet_overhead_bytes: NonNegative  # header, CRC, framing of one packet; 28
-    firmware_ns: NonNegative  # fixed cost of one command; 0: none; assumed
+    firmware_ns: NonNegative  # what the firmware takes for one command; 0: none; assumed
+    firmware_cores: Annotated[int, Field(gt=0, le=256)] = 1  # commands taken up side by side
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive(cls, given: Any) -> Any:
+        """The rate of generation and lanes, unless the rate itself is stated."""
+        if not isinstance(given, dict):
+            return given
+        generation, lanes = given.get("generation"), given.get("lanes")
+        if (generation is None) != (lanes is None):
+            raise ValueError("generation and lanes go together")
+        rate = PCIE_LANE_BYTES_PER_S.get(generation) if isinstance(generation, int) else None
+        if "bytes_per_s" not in given and rate and isinstance(lanes, int):
+            return given | {"bytes_per_s": rate * lanes}
+        if "bytes_per_s" not in given:
+            raise ValueError("either bytes_per_s, or generation (1 to 6) and lanes")
+        return given
 
     def transfer_ns(self, length_bytes: int) -> int:
         """Nanoseconds that `length_bytes` of payload take, rounded up."""
         packets = -(-length_bytes // self.packet_payload_bytes)
         wire_bytes = length_bytes + packets * self.packet_overhead_bytes
         return -(-wire_bytes * 1_000_000_000 // self.bytes_per_s)
+
+
+class WriteBufferConfig(_Section):
+    """On-drive DRAM that writes go to first. Without it a write waits for its programs."""
+
+    capacity_bytes: SizeOrZero = 0  # 0: no buffer; else at least one command's data (MDTS)
+    power_loss_protected: bool = True  # Flush and FUA need not wait; False: they wait for programs
 
 
 class Dram(_Section):
@@ -172,6 +298,7 @@ class DriveConfig(_Section):
     compute: Compute
     ftl: FtlConfig
     queues: Queues
+    write_buffer: WriteBufferConfig = WriteBufferConfig()
 
     @property
     def capacity_sectors(self) -> int:
@@ -190,18 +317,28 @@ class DriveConfig(_Section):
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:
+        self._check_write_buffer()
         self._check_dram()
         self._check_spare()
         return self
 
+    def _check_write_buffer(self) -> None:
+        capacity = self.write_buffer.capacity_bytes
+        if 0 < capacity < self.queues.mdts_bytes:
+            raise ValueError(
+                f"a write buffer of {format_size(capacity)} is smaller than one command's data, "
+                f"{format_size(self.queues.mdts_bytes)}"
+            )
+
     def _check_dram(self) -> None:
-        dram = self.dram
-        needed = self.mapping_bytes + dram.window_bytes + dram.unit_cache_bytes
+        dram, buffered = self.dram, self.write_buffer.capacity_bytes
+        needed = self.mapping_bytes + dram.window_bytes + dram.unit_cache_bytes + buffered
         if needed > dram.total_bytes:
             raise ValueError(
                 f"on-drive DRAM of {format_size(dram.total_bytes)} is less than mapping table "
                 f"{format_size(self.mapping_bytes)} + window {format_size(dram.window_bytes)} + "
-                f"unit cache {format_size(dram.unit_cache_bytes)}"
+                f"unit cache {format_size(dram.unit_cache_bytes)} + write buffer "
+                f"{format_size(buffered)}"
             )
 
     def _check_spare(self) -> None:

@@ -13,11 +13,15 @@ import hashlib
 from itertools import count
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from csd_device.clock import Clock, TimeMode
 from csd_device.config import DriveConfig
 from csd_device.dram import Arena, UnitCache, Window
 from csd_device.errors import CommandError
 from csd_device.firmware import Controller, QueuePair
+from csd_device.firmware.batch import read_batch, read_closed_loop
 from csd_device.firmware.dispatch import note_failure
 from csd_device.firmware.features import Features
 from csd_device.firmware.hosts import HostTable
@@ -29,6 +33,9 @@ from csd_device.firmware.staging import Stager
 from csd_device.ftl import Ftl
 from csd_device.nand import Timeline
 from csd_protocol.status import Status
+
+U8 = npt.NDArray[np.uint8]
+I64 = npt.NDArray[np.int64]
 
 SHARED_MEMORY = Path("/dev/shm")
 HOST_ID_MAX = 256  # characters
@@ -125,6 +132,24 @@ class Drive:
         queue = QueuePair(self._controller, host, next(self._queue_ids), depth)
         self._queues[queue.queue_id] = queue
         return queue
+
+    def read_batch(self, slbas: I64, blocks: int, arrival_ns: I64, out: U8 | None = None) -> I64:
+        """Many reads at once, and when each is done [n]: `firmware.batch.read_batch`."""
+        done = read_batch(self._controller, slbas, blocks, arrival_ns, out)
+        self._pass_to(done)
+        return done
+
+    def read_closed_loop(
+        self, slbas: I64, blocks: int, slots_ns: I64, out: U8 | None = None
+    ) -> tuple[I64, I64]:
+        """Reads at a depth, each when one completes: `firmware.batch.read_closed_loop`."""
+        submitted, done = read_closed_loop(self._controller, slbas, blocks, slots_ns, out)
+        self._pass_to(done)
+        return submitted, done
+
+    def _pass_to(self, done: I64) -> None:
+        if self.time_mode is TimeMode.VIRTUAL and done.size:
+            self.clock.advance_to(int(done.max()))
 
     def close(self) -> None:
         """Closes all queue pairs, makes what was written last, and gives media and window back."""

@@ -32,7 +32,7 @@ _PIECE_BLOCKS = 256  # blocks that a command without data transfer moves at a ti
 
 def handle_flush(context: Context, command: Flush) -> None:
     """What was acknowledged before is on the media when this is answered."""
-    context.time.program_pages(context.controller.ftl.flush())
+    context.time.flush(context.controller.ftl.flush())
 
 
 def handle_write(context: Context, command: Write) -> None:
@@ -134,7 +134,7 @@ def _write(context: Context, slba: int, data: bytes | npt.NDArray[np.uint8], fua
     controller = context.controller
     through = fua or not controller.features.writes_are_volatile
     programs: PagePrograms = controller.ftl.write(slba, data, fua=through)
-    context.time.program_pages(programs)
+    context.time.write(len(data), programs, must_last=through)
     _note_change(context, BlockRange(slba, len(data) // SECTOR_BYTES))
 
 

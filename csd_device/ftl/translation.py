@@ -144,6 +144,11 @@ class Ftl:
         return np.not_equal(self._table[lpn : lpn + count], 0)
 
     @property
+    def table(self) -> U32:
+        """The L2P table, for compiled readers: PSA + 1 of each logical sector, 0: unmapped."""
+        return self._table
+
+    @property
     def used_sectors(self) -> int:
         """Logical sectors that hold data."""
         return int(self._superblocks.valid.sum())

@@ -1,75 +1,158 @@
-"""When cell operations are done: busy-until of each die, and the busy times of each channel.
+"""When cell operations are done: each die serves one at a time, each channel moves one thing.
 
-Rules. A die serves one command at a time, in the order of arrival, and is busy until its last data
-has left it (no cache reads). Planes of one die whose pages have the same page offset and follow
-each other in that order share one command. The channel carries one thing at a time: command cycles
-or one page's data. A read is [command cycles on the channel][tR on the die][data on the channel],
-a program [command cycles and data on the channel][tPROG], an erase [command cycles][tBERS]. One
-4 KiB read of an idle drive takes tCMD + tR + bytes / channel rate, to the nanosecond.
+A read is [command on the channel][tR on the die][status and data on the channel], a program
+[command and data on the channel][tPROG][status], an erase [command][tBERS][status]. tR and tPROG
+depend on the page's type (`CellTiming`). Planes of one die whose pages have the same page offset
+and follow each other in that order share one command; its cycles are paid for each plane.
 
-How. A call is one batch. Pages are sorted by die, stably; then each channel runs alone: again and
-again, of what its dies could put on the channel next, whatever can start first goes (at a tie
-command cycles before data, then the lower die), so commands slip in between transfers and no die
-waits behind another one's queue. A channel remembers the gaps in its busy time, the newest
-`GAPS_MAX` of them, so that a later batch may use what an earlier one left idle. All in integers:
-the same calls give the same times.
+A die is busy until the last data of a read has left it. With cache reads it is free when the page
+lies in the cache register: the array works while the bus moves the page before, and a page waits in
+the array only for the page before to leave that register.
+
+Data takes what is free of the bus; commands slip in between transfers (`csd_device.bookings`).
+So no die waits behind another one's queue, and a later call may use what an earlier one left idle.
+With read priority reads overtake programs and erases (`csd_device.nand.backlog`).
+
+A call is one batch. Pages are sorted by die, stably; then each channel runs alone: again and again
+the die that can start first does. docs/TIMING.md has the closed forms. All in integers: the same
+calls give the same times.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from csd_device.bookings import BUSY, Bookings, book, forget, make_bookings, slip
 from csd_device.config import CellTiming, Geometry
+from csd_device.nand.backlog import (
+    BACKLOG_MAX,
+    END,
+    Backlog,
+    backlog_end,
+    make_backlog,
+    overtake,
+    promise,
+    put_off,
+    settle,
+)
 
 I64 = npt.NDArray[np.int64]
 
-GAPS_MAX = 64
+READ, PROGRAM, ERASE = 0, 1, 2  # kinds of operation
+DIE, CHANNEL = 0, 1  # resources of an event
+FREE, DRAINED, WORKED = 0, 1, 2  # columns of a die
+EVENT_COLUMNS = 5  # resource, its index (dies count over channels), kind, start ns, end ns
 
-# Columns of a die's row while its channel runs.
-FIRST, LAST, NEXT = 0, 1, 2  # pages of the command: order[FIRST:LAST]; the next to move out
-PHASE, READY, LENGTH, START = 3, 4, 5, 6  # what it wants from the channel, and when it can have it
-COLUMNS = 7
-COMMAND, DATA, DONE = 0, 1, 2  # phases
+
+class Rules(NamedTuple):
+    """What does not change; nanoseconds."""
+
+    channels: int
+    planes: int
+    dies: int  # of one channel
+    pages: int  # of one block
+    command_ns: int
+    status_ns: int
+    cache_read: bool
+    cache_busy_ns: int
+    priority: bool
+    suspends: int
+    resume_ns: int
+
+
+class Operation(NamedTuple):
+    """One kind of cell operation."""
+
+    kind: int
+    array_ns: I64  # [page types]
+    suspend_ns: int
+
+
+class State(NamedTuple):
+    """Busy times; dies are numbered channel by channel."""
+
+    bus: Bookings
+    backlog: Backlog
+    dies: I64  # [dies, 3] FREE: the next command can go out; DRAINED: registers empty; WORKED: ns
+    events: I64  # [limit, EVENT_COLUMNS]; limit 0: nothing is recorded
+    event_count: I64  # [1] recorded, and beyond the limit lost
+
+
+class Batch(NamedTuple):
+    """Pages of one call."""
+
+    arrivals: I64  # [n]
+    ppns: I64  # [n]
+    moves: I64  # [n] ns on the bus
+    extra: I64  # [n] ns more in the array, or [0]: none
+    done: I64  # [n] result
+
+
+@dataclass(frozen=True, slots=True)
+class BusyTimes:
+    """How long each resource worked since the drive was opened, in nanoseconds."""
+
+    channel_ns: I64  # [channels] bus
+    die_ns: I64  # [dies] command to free
 
 
 @njit(nogil=True, cache=True)
-def _sort_by_die(ppns: Any, channels: Any, planes: Any, dies: Any) -> Any:
-    """Page indices grouped by die (numbered channel by channel), each die in order of arrival.
+def _note(state: Any, resource: Any, index: Any, kind: Any, start: Any, end: Any) -> None:
+    at = state.event_count[0]
+    if at < state.events.shape[0]:
+        event = state.events[at]
+        event[0], event[1], event[2], event[3], event[4] = resource, index, kind, start, end
+        state.event_count[0] = at + 1
 
-    Returns the order [n] and where each die's part of it starts [channels * dies + 1].
+
+@njit(nogil=True, cache=True)
+def _find(ppn: Any, rules: Any) -> Any:
+    """Die (numbered channel by channel), plane and page offset in its block of a PPN."""
+    row = ppn // rules.channels
+    above = row // rules.planes
+    turn = above // rules.dies
+    die = (ppn - row * rules.channels) * rules.dies + above - turn * rules.dies
+    return die, row - above * rules.planes, turn % rules.pages
+
+
+@njit(nogil=True, cache=True)
+def _sort_by_die(ppns: Any, rules: Any) -> Any:
+    """Pages grouped by die, each die in order of arrival.
+
+    Returns the order [n], where each die's part of it starts [dies of all channels + 1], and of
+    each page its offset in the block and its plane as a bit [n, 2].
     """
+    dies = rules.channels * rules.dies
     count = ppns.shape[0]
     die_of = np.empty(count, np.int32)
-    starts = np.zeros(channels * dies + 1, np.int64)
+    places = np.empty((count, 2), np.int64)
+    starts = np.zeros(dies + 1, np.int64)
     for index in range(count):
-        row = ppns[index] // channels
-        die = (ppns[index] - row * channels) * dies + (row // planes) % dies
+        die, plane, page = _find(ppns[index], rules)
         die_of[index] = die
+        places[index, 0], places[index, 1] = page, np.int64(1) << plane
         starts[die + 1] += 1
-    for die in range(channels * dies):
+    for die in range(dies):
         starts[die + 1] += starts[die]
     order = np.empty(count, np.int64)
     fill = starts[:-1].copy()
     for index in range(count):
         order[fill[die_of[index]]] = index
         fill[die_of[index]] += 1
-    return order, starts
+    return order, starts, places
 
 
 @njit(nogil=True, cache=True)
-def _group_end(ppns: Any, order: Any, first: Any, end: Any, shape: Any) -> Any:
-    """One past the pages, from `first` on, that share a multi-plane command."""
-    channels, planes, dies, pages = shape
-    row = ppns[order[first]] // channels
-    page = row // (planes * dies) % pages
-    used = np.int64(1) << (row % planes)
+def _group_end(batch: Any, order: Any, places: Any, first: Any, end: Any, ready: Any) -> Any:
+    """One past the pages, from `first` on, of a multi-plane command that starts at `ready`."""
+    page, used = places[order[first], 0], places[order[first], 1]
     last = first + 1
-    while last < end:
-        row = ppns[order[last]] // channels
-        plane = np.int64(1) << (row % planes)
-        if row // (planes * dies) % pages != page or used & plane:
+    while last < end and batch.arrivals[order[last]] <= ready:
+        plane = places[order[last], 1]
+        if places[order[last], 0] != page or used & plane:
             break
         used |= plane
         last += 1
@@ -77,171 +160,155 @@ def _group_end(ppns: Any, order: Any, first: Any, end: Any, shape: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _fit(gaps: Any, count: Any, tail: Any, ready: Any, length: Any) -> Any:
-    """The earliest start at or after `ready` of `length` ns of channel; and its gap, -1: behind."""
-    if count == 0 or gaps[count - 1, 1] < ready + length:
-        return max(tail, ready), -1
-    for index in range(count):
-        start = max(gaps[index, 0], ready)
-        if start + length <= gaps[index, 1]:
-            return start, index
-    return max(tail, ready), -1
+def _array_ns(batch: Any, order: Any, page: Any, operation: Any) -> Any:
+    """What the array takes for one group: its pages are of one type; the slowest counts."""
+    array_ns = operation.array_ns[page % operation.array_ns.shape[0]]
+    if batch.extra.shape[0] == 0:
+        return array_ns
+    extra = np.int64(0)
+    for index in order:
+        extra = max(extra, batch.extra[index])
+    return array_ns + extra
 
 
 @njit(nogil=True, cache=True)
-def _add_gap(gaps: Any, count: Any, at: Any, start: Any, end: Any) -> Any:
-    """Inserts a gap at index `at`; forgets the oldest when there are too many. The new count."""
-    if end <= start:
-        return count
-    if count == GAPS_MAX:
-        if at == 0:
-            return count
-        gaps[: at - 1] = gaps[1:at].copy()
-        at, count = at - 1, count - 1
-    for index in range(count, at, -1):
-        gaps[index] = gaps[index - 1]
-    gaps[at, 0], gaps[at, 1] = start, end
-    return count + 1
+def _move(state: Any, kind: Any, channel: Any, ready: Any, length: Any) -> Any:
+    """Data or status on the bus; when it has gone through."""
+    end = book(state.bus, channel, ready, length, False)
+    if length:
+        _note(state, CHANNEL, channel, kind, end - length, end)
+    return end
 
 
 @njit(nogil=True, cache=True)
-def _occupy(gaps: Any, count: Any, tail: Any, ready: Any, length: Any) -> Any:
-    """Takes the channel where `_fit` says; the start, the new count of gaps and the new tail."""
-    start, gap = _fit(gaps, count, tail, ready, length)
-    end = start + length
-    if gap < 0:
-        return start, _add_gap(gaps, count, count, tail, start), end
-    gap_start, gap_end = gaps[gap, 0], gaps[gap, 1]
-    for index in range(gap, count - 1):
-        gaps[index] = gaps[index + 1]
-    count = _add_gap(gaps, count - 1, gap, end, gap_end)
-    return start, _add_gap(gaps, count, gap, gap_start, start), tail
+def _place_read(
+    state: Any, rules: Any, operation: Any, die: Any, ready: Any, batch: Any, order: Any,
+    page_offset: Any,
+) -> None:  # fmt: skip
+    """One read command for the pages of `order`, all of one die."""
+    channel = die // rules.dies
+    index, suspended_at = 0, np.int64(-1)
+    has_backlog = state.backlog.counts[die] > 0
+    if has_backlog:
+        asked = ready
+        ready, index, is_suspended = overtake(state.backlog, die, ready)
+        if is_suspended:
+            suspended_at = asked
+    cycles_ns = rules.command_ns * order.shape[0]
+    start = slip(state.bus, channel, ready, cycles_ns)
+    loaded = start + cycles_ns + _array_ns(batch, order, page_offset, operation)
+    if rules.cache_read and start < state.dies[die, DRAINED]:
+        loaded = max(loaded, state.dies[die, DRAINED]) + rules.cache_busy_ns
+    at = loaded
+    status_ns = rules.status_ns
+    for page in order:
+        at = _move(state, operation.kind, channel, at, status_ns + batch.moves[page])
+        batch.done[page] = at
+        status_ns = 0
+    free = loaded if rules.cache_read else at
+    state.dies[die, FREE], state.dies[die, DRAINED] = free, at
+    state.dies[die, WORKED] += free - start
+    _note(state, DIE, die, operation.kind, start, free)
+    if has_backlog:
+        put_off(state.backlog, die, index, suspended_at, at, rules.resume_ns)
 
 
 @njit(nogil=True, cache=True)
-def _forget_gaps(gaps: Any, count: Any, before: Any) -> Any:
-    """Drops the gaps that end by `before`: nothing that arrives then can use them."""
-    kept = 0
-    for index in range(count):
-        if gaps[index, 1] > before:
-            gaps[kept] = gaps[index]
-            kept += 1
-    return kept
-
-
-@njit(nogil=True, cache=True)
-def _next_command(
-    lane: Any, ppns: Any, order: Any, end: Any, moves: Any, shape: Any, op: Any
-) -> None:
-    """Puts the die's next command up, or DONE; its pages end at `end` in the order."""
-    command_ns, _, data_in, _ = op
-    lane[FIRST] = lane[LAST]
-    if lane[FIRST] == end:
-        lane[PHASE] = DONE
-        return
-    lane[LAST] = _group_end(ppns, order, lane[FIRST], end, shape)
-    lane[NEXT] = lane[FIRST]
-    lane[PHASE] = COMMAND
-    lane[LENGTH] = command_ns * (lane[LAST] - lane[FIRST])
-    if data_in:
-        for index in range(lane[FIRST], lane[LAST]):
-            lane[LENGTH] += moves[order[index]]
-
-
-@njit(nogil=True, cache=True)
-def _choose(lanes: Any) -> Any:
-    """The die that can start first; then commands, then who waits longest. -1: all done."""
-    best = -1
-    for die in range(lanes.shape[0]):
-        if lanes[die, PHASE] == DONE:
-            continue
-        if best < 0 or _goes_before(lanes[die], lanes[best]):
-            best = die
-    return best
-
-
-@njit(nogil=True, cache=True)
-def _goes_before(one: Any, other: Any) -> Any:
-    if one[START] != other[START]:
-        return one[START] < other[START]
-    if one[PHASE] != other[PHASE]:
-        return one[PHASE] < other[PHASE]
-    return one[READY] < other[READY]
-
-
-@njit(nogil=True, cache=True)
-def _finish_phase(lane: Any, order: Any, end: Any, moves: Any, done: Any, op: Any) -> Any:
-    """What follows the channel time that ended at `end`. True when the command is complete."""
-    _, array_ns, _, data_out = op
-    if lane[PHASE] == DATA:
-        done[order[lane[NEXT]]] = end
-        lane[NEXT] += 1
-        lane[READY] = end
+def _place_change(
+    state: Any, rules: Any, operation: Any, die: Any, ready: Any, batch: Any, order: Any,
+    page_offset: Any,
+) -> None:  # fmt: skip
+    """One program or erase command for the pages of `order`, all of one die."""
+    channel = die // rules.dies
+    ready = max(ready, state.dies[die, DRAINED], backlog_end(state.backlog, die))
+    cycles_ns = rules.command_ns * order.shape[0]
+    start = slip(state.bus, channel, ready, cycles_ns)
+    at = start + cycles_ns
+    for page in order:
+        at = _move(state, operation.kind, channel, at, batch.moves[page])
+    at += _array_ns(batch, order, page_offset, operation)
+    at = _move(state, operation.kind, channel, at, rules.status_ns)
+    for page in order:
+        batch.done[page] = at
+    state.dies[die, WORKED] += at - start
+    _note(state, DIE, die, operation.kind, start, at)
+    if rules.priority:
+        final = settle(state.backlog, die, 0, BACKLOG_MAX - 1)
+        state.dies[die, FREE] = max(state.dies[die, FREE], final)
+        promise(state.backlog, die, start, at, rules.suspends, operation.suspend_ns)
     else:
-        lane[READY] = end + array_ns
-        if not data_out:
-            for index in range(lane[FIRST], lane[LAST]):
-                done[order[index]] = end + array_ns
-            return True
-    if lane[NEXT] == lane[LAST]:
-        return True
-    lane[PHASE] = DATA
-    lane[LENGTH] = moves[order[lane[NEXT]]]
-    return False
+        state.dies[die, FREE] = state.dies[die, DRAINED] = at
+
+
+@njit(nogil=True, cache=True)
+def _place(
+    state: Any, rules: Any, operation: Any, die: Any, ready: Any, batch: Any, order: Any,
+    page_offset: Any,
+) -> None:  # fmt: skip
+    if operation.kind == READ:
+        _place_read(state, rules, operation, die, ready, batch, order, page_offset)
+    else:
+        _place_change(state, rules, operation, die, ready, batch, order, page_offset)
+
+
+@njit(nogil=True, cache=True)
+def _let_pass(state: Any, rules: Any, channel: Any, before: Any) -> None:
+    """Forgets what was over by `before` on this channel and its dies."""
+    forget(state.bus, channel, before)
+    for die in range(channel * rules.dies, (channel + 1) * rules.dies):
+        if state.backlog.counts[die]:
+            final = settle(state.backlog, die, before, BACKLOG_MAX)
+            state.dies[die, FREE] = max(state.dies[die, FREE], final)
 
 
 @njit(nogil=True, cache=True)
 def _run_channel(
-    ppns: Any, moves: Any, done: Any, order: Any, ends: Any, lanes: Any, shape: Any, op: Any,
-    gaps: Any, count: Any, tail: Any,
-) -> Any:  # fmt: skip
-    """Serves all pages of one channel; the new count of gaps and the new tail."""
-    for die in range(lanes.shape[0]):
-        lane = lanes[die]
-        _next_command(lane, ppns, order, ends[die], moves, shape, op)
-        lane[START], _ = _fit(gaps, count, tail, lane[READY], lane[LENGTH])
-    best = _choose(lanes)
-    while best >= 0:
-        lane = lanes[best]
-        start, count, tail = _occupy(gaps, count, tail, lane[READY], lane[LENGTH])
-        end = start + lane[LENGTH]
-        if _finish_phase(lane, order, end, moves, done, op):
-            _next_command(lane, ppns, order, ends[best], moves, shape, op)
-        for die in range(lanes.shape[0]):
-            row = lanes[die]
-            if row[PHASE] != DONE and (die == best or row[START] < end):
-                row[START], _ = _fit(gaps, count, tail, row[READY], row[LENGTH])
-        best = _choose(lanes)
-    return count, tail
+    state: Any, rules: Any, operation: Any, channel: Any, batch: Any,
+    order: Any, starts: Any, places: Any,
+) -> None:  # fmt: skip
+    """Serves all pages of one channel: whichever die can start first goes."""
+    dies, base = rules.dies, channel * rules.dies
+    nexts = starts[base : base + dies].copy()
+    while True:
+        best, best_ready = -1, np.int64(0)
+        for die in range(dies):
+            if nexts[die] < starts[base + die + 1]:
+                ready = max(batch.arrivals[order[nexts[die]]], state.dies[base + die, FREE])
+                if best < 0 or ready < best_ready:
+                    best, best_ready = die, ready
+        if best < 0:
+            return
+        first, end = nexts[best], starts[base + best + 1]
+        last = _group_end(batch, order, places, first, end, best_ready)
+        page_offset = places[order[first], 0]
+        _place(
+            state, rules, operation, base + best, best_ready, batch, order[first:last], page_offset
+        )
+        nexts[best] = last
 
 
 @njit(nogil=True, cache=True)
-def _schedule(
-    arrival: Any, ppns: Any, moves: Any, shape: Any, op: Any,
-    die_free: Any, gaps: Any, counts: Any, tails: Any,
-) -> Any:  # fmt: skip
-    """Done times [n] of one batch; updates the busy times."""
-    channels, planes, dies, _ = shape
-    order, starts = _sort_by_die(ppns, channels, planes, dies)
-    done = np.empty(ppns.shape[0], np.int64)
-    lanes = np.zeros((dies, COLUMNS), np.int64)
-    for channel in range(channels):
-        base = channel * dies
-        ends = starts[base + 1 : base + dies + 1]
-        if starts[base] == ends[dies - 1]:
-            continue
-        for die in range(dies):
-            lanes[die, LAST] = starts[base + die]
-            lanes[die, READY] = max(arrival, die_free[base + die])
-        count = _forget_gaps(gaps[channel], counts[channel], arrival)
-        counts[channel], tails[channel] = _run_channel(
-            ppns, moves, done, order, ends, lanes, shape, op,
-            gaps[channel], count, tails[channel],
-        )  # fmt: skip
-        for die in range(dies):
-            if starts[base + die] != ends[die]:
-                die_free[base + die] = lanes[die, READY]
-    return done
+def schedule(state: Any, rules: Any, operation: Any, batch: Any) -> None:
+    """Fills batch.done [n]; updates the busy times. n is at least 1."""
+    first = batch.arrivals.min()
+    order, starts, places = _sort_by_die(batch.ppns, rules)
+    for channel in range(rules.channels):
+        base = channel * rules.dies
+        if starts[base] < starts[base + rules.dies]:
+            _let_pass(state, rules, channel, first)
+            _run_channel(state, rules, operation, channel, batch, order, starts, places)
+
+
+@njit(nogil=True, cache=True)
+def schedule_one(state: Any, rules: Any, operation: Any, batch: Any) -> None:
+    """`schedule` for a batch of one page, without its overhead."""
+    die, _, page_offset = _find(batch.ppns[0], rules)
+    _let_pass(state, rules, die // rules.dies, batch.arrivals[0])
+    ready = max(batch.arrivals[0], state.dies[die, FREE])
+    _place(state, rules, operation, die, ready, batch, _ONE_PAGE, page_offset)
+
+
+_ONE_PAGE: I64 = np.zeros(1, np.int64)
 
 
 class Timeline:
@@ -249,50 +316,122 @@ class Timeline:
 
     def __init__(self, geometry: Geometry, timing: CellTiming) -> None:
         self._timing = timing
-        self._shape = (
-            geometry.channels,
-            geometry.planes_per_die,
-            geometry.dies_per_channel,
-            geometry.pages_per_block,
-        )
         self._pages = geometry.pages
-        self._die_free: I64 = np.zeros(geometry.dies, np.int64)
-        self._gaps: I64 = np.zeros((geometry.channels, GAPS_MAX, 2), np.int64)
-        self._counts: I64 = np.zeros(geometry.channels, np.int64)
-        self._tails: I64 = np.zeros(geometry.channels, np.int64)
+        self.rules = _rules_of(geometry, timing)
+        self.state = _idle(geometry)
+        self.read = Operation(READ, _by_type(timing.read_ns_by_type), 0)
+        self._program = Operation(
+            PROGRAM, _by_type(timing.program_ns_by_type), timing.program_suspend_ns
+        )
+        self._erase = Operation(ERASE, _by_type((timing.erase_ns,)), timing.erase_suspend_ns)
 
-    def read_pages(self, arrival_ns: int, ppns: I64, transfer_bytes: I64) -> I64:
-        """When each page's bytes have left the die [n]; transfer_bytes [n]: those that move."""
-        op = (self._timing.command_ns, self._timing.read_ns, False, True)
-        return self._run(arrival_ns, ppns, self._moves_ns(transfer_bytes), op)
+    def read_pages(
+        self,
+        arrival_ns: int | I64,
+        ppns: I64,
+        transfer_bytes: I64,
+        extra_ns: I64 | None = None,
+    ) -> I64:
+        """When each page's bytes have left the die [n]; transfer_bytes [n]: those that move.
 
-    def program_pages(self, arrival_ns: int, ppns: I64, transfer_bytes: I64) -> I64:
-        """When each page is programmed [n]."""
-        op = (self._timing.command_ns, self._timing.program_ns, True, False)
-        return self._run(arrival_ns, ppns, self._moves_ns(transfer_bytes), op)
+        `arrival_ns` is one time, or one of each page [n]; `extra_ns` [n] is array time beyond tR
+        (read retry).
+        """
+        return self._run(arrival_ns, ppns, self.moves_ns(transfer_bytes), self.read, extra_ns)
 
-    def erase_blocks(self, arrival_ns: int, ppns: I64) -> I64:
+    def program_pages(
+        self,
+        arrival_ns: int | I64,
+        ppns: I64,
+        transfer_bytes: I64,
+        extra_ns: I64 | None = None,
+    ) -> I64:
+        """When each page is programmed [n], reads that come later aside."""
+        return self._run(arrival_ns, ppns, self.moves_ns(transfer_bytes), self._program, extra_ns)
+
+    def erase_blocks(self, arrival_ns: int | I64, ppns: I64) -> I64:
         """When the block of each page is erased [n]; name each block once."""
-        op = (self._timing.command_ns, self._timing.erase_ns, False, False)
-        return self._run(arrival_ns, ppns, np.zeros_like(ppns), op)
+        return self._run(arrival_ns, ppns, np.zeros_like(ppns), self._erase, None)
 
     def idle_ns(self) -> int:
         """When all that was asked for so far is done."""
-        return int(self._die_free.max())
+        backlog = self.state.backlog
+        last = int(self.state.dies[:, :WORKED].max())
+        for die in np.flatnonzero(backlog.counts):
+            last = max(last, int(backlog.spans[die, backlog.counts[die] - 1, END]))
+        return last
 
-    def _moves_ns(self, transfer_bytes: I64) -> I64:
-        """Channel time of each transfer, rounded up."""
+    def busy_times(self) -> BusyTimes:
+        """Bus and die time used so far (channel and die utilisation over a run's length)."""
+        return BusyTimes(self.state.bus.lanes[:, BUSY].copy(), self.state.dies[:, WORKED].copy())
+
+    def record_events(self, limit: int) -> None:
+        """Records the next `limit` uses of dies and channels; 0 ends it."""
+        events = np.zeros((limit, EVENT_COLUMNS), np.int64)
+        self.state = self.state._replace(events=events, event_count=np.zeros(1, np.int64))
+
+    def take_events(self) -> I64:
+        """What was recorded since the last call [n, EVENT_COLUMNS]."""
+        count = int(self.state.event_count[0])
+        self.state.event_count[0] = 0
+        return self.state.events[:count].copy()
+
+    def moves_ns(self, transfer_bytes: I64) -> I64:
+        """Bus time of each transfer, rounded up."""
         bits_per_us = self._timing.channel_mega_transfers_per_s * self._timing.channel_width_bits
         return -(-transfer_bytes * 8_000 // bits_per_us)
 
-    def _run(self, arrival_ns: int, ppns: I64, moves: I64, op: tuple[int, int, bool, bool]) -> I64:
+    def _run(
+        self,
+        arrival_ns: int | I64,
+        ppns: I64,
+        moves: I64,
+        operation: Operation,
+        extra_ns: I64 | None,
+    ) -> I64:
         assert ppns.shape == moves.shape
+        done = np.empty(ppns.size, np.int64)
         if not ppns.size:
-            return np.empty(0, np.int64)
+            return done
         assert ppns.min() >= 0
         assert ppns.max() < self._pages
-        done: I64 = _schedule(
-            arrival_ns, ppns, moves, self._shape, op,
-            self._die_free, self._gaps, self._counts, self._tails,
-        )  # fmt: skip
+        arrivals = np.empty(ppns.size, np.int64)
+        arrivals[:] = arrival_ns
+        extra = _NO_EXTRA if extra_ns is None else extra_ns
+        assert extra.size in (0, ppns.size)
+        schedule(self.state, self.rules, operation, Batch(arrivals, ppns, moves, extra, done))
         return done
+
+
+_NO_EXTRA: I64 = np.empty(0, np.int64)
+
+
+def _by_type(figures: tuple[int, ...]) -> I64:
+    return np.array(figures, np.int64)
+
+
+def _idle(geometry: Geometry) -> State:
+    dies = geometry.dies
+    return State(
+        bus=make_bookings(geometry.channels),
+        backlog=make_backlog(dies),
+        dies=np.zeros((dies, 3), np.int64),
+        events=np.zeros((0, EVENT_COLUMNS), np.int64),
+        event_count=np.zeros(1, np.int64),
+    )
+
+
+def _rules_of(geometry: Geometry, timing: CellTiming) -> Rules:
+    return Rules(
+        channels=geometry.channels,
+        planes=geometry.planes_per_die,
+        dies=geometry.dies_per_channel,
+        pages=geometry.pages_per_block,
+        command_ns=timing.command_ns,
+        status_ns=timing.status_ns,
+        cache_read=timing.cache_read,
+        cache_busy_ns=timing.cache_busy_ns,
+        priority=timing.read_priority,
+        suspends=timing.suspends_max,
+        resume_ns=timing.resume_ns,
+    )

@@ -18,7 +18,7 @@ def _changed(tmp_path: Path, old: str, new: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["cloud-4x-gen5", "edge-gen5", "end-gen4", "tiny"])
+@pytest.mark.parametrize("name", ["cloud-4x-gen5", "edge-gen5", "end-gen4", "reference", "tiny"])
 def test_preset_loads(name: str) -> None:
     config = load_config(name)
     assert config.name == name
@@ -52,6 +52,19 @@ def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
         ("over_provisioning = 0.10", "over_provisioning = 0.001", "two superblocks of 4.0 MiB"),
         ("blocks_per_plane = 288", "blocks_per_plane = 99_999_999", "16 TiB"),
         ('name = "tiny"', "name = tiny", "not TOML"),
+        ("read_ns = 20_000", "read_ns = [1, 2]", "read_ns has 2 figures; slc has 1"),
+        ("read_ns = 20_000", 'cell = "qlc"\nread_ns = [1, 2, 3]', "read_ns has 3.*qlc has 4"),
+        ("read_ns = 20_000", "read_ns = -1", "timing.read_ns"),
+        ("read_ns = 20_000", "read_ns = 1\nsuspends_max = 1", "without read_priority"),
+        ("command_ns = 290", 'command_ns = 290\nchannel_interface = "x"', "known are onfi-1.0"),
+        (
+            "command_ns = 290",
+            'command_ns = 290\nchannel_interface = "onfi-4.0"',
+            "1000; onfi-4.0 ends at 800",
+        ),
+        ("bytes_per_s = 7_877_000_000", "", "either bytes_per_s, or generation"),
+        ("bytes_per_s = 7_877_000_000", "generation = 5", "generation and lanes go together"),
+        ("bytes_per_s = 7_877_000_000", "generation = 9\nlanes = 4", "generation"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, old: str, new: str, reason: str) -> None:
@@ -78,6 +91,22 @@ def test_link_counts_packet_overhead() -> None:
     assert link.transfer_ns(0) == 0
     assert link.transfer_ns(4096) == 4096 + 32 * 28
     assert link.transfer_ns(129) == 129 + 2 * 28
+
+
+@pytest.mark.parametrize(
+    "generation, lanes, giga", [(3, 4, 3.938), (4, 4, 7.877), (5, 4, 15.754), (5, 16, 63.015)]
+)
+def test_pcie_generation_and_lanes_are_a_rate(generation: int, lanes: int, giga: float) -> None:
+    link = Link.model_validate(
+        {
+            "generation": generation,
+            "lanes": lanes,
+            "packet_payload_bytes": 256,
+            "packet_overhead_bytes": 28,
+            "firmware_ns": 0,
+        }
+    )
+    assert link.bytes_per_s == pytest.approx(giga * 1e9, rel=2e-4)
 
 
 def test_virtual_clock_jumps_and_never_goes_back() -> None:

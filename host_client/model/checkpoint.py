@@ -137,8 +137,12 @@ def sample_digest(headers: Iterable[bytes], tensors: Iterable[StoredTensor]) -> 
     return state.hexdigest()
 
 
-def prevailing_dtype(bytes_by_dtype: dict[Dtype, int]) -> Dtype:
+def prevailing_dtype(tensors: Iterable[StoredTensor]) -> Dtype:
     """The 16-bit type that holds most bytes of a checkpoint; float16 where none does."""
-    if bytes_by_dtype.get("bfloat16", 0) > bytes_by_dtype.get("float16", 0):
-        return "bfloat16"
-    return "float16"
+    half_bytes = bfloat_bytes = 0
+    for tensor in tensors:
+        if tensor.format == "F16":
+            half_bytes += tensor.length_bytes
+        elif tensor.format == "BF16":
+            bfloat_bytes += tensor.length_bytes
+    return "bfloat16" if bfloat_bytes > half_bytes else "float16"

@@ -69,11 +69,7 @@ class SafetensorsFolder:
 
     @property
     def dtype(self) -> Dtype:
-        lengths: dict[Dtype, int] = {"float16": 0, "bfloat16": 0}
-        for tensor in self._tensors.values():
-            if tensor.format in ("F16", "BF16"):
-                lengths["float16" if tensor.format == "F16" else "bfloat16"] += tensor.length_bytes
-        return prevailing_dtype(lengths)
+        return prevailing_dtype(self._tensors.values())
 
     def names(self) -> list[str]:
         return list(self._tensors)

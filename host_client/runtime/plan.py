@@ -18,7 +18,7 @@ BUFFERS = 2  # one layer is read while another computes
 KV_VALUE_BYTES = 4  # float32, as the attention computes
 FETCH_ROWS, FETCH_NEURONS = 64, 128  # what one fetch outside the steps brings at most
 HEAD_SLICE_BYTES_MIN = 1 << 20
-_ALIGN = 64  # of each site's part of a staging buffer
+STAGE_ALIGN_BYTES = 64  # of each site's part of a staging buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class _Draft:
     def layer_bytes(self, layer: int) -> int:
         """What one staging of this layer puts into a buffer, each site aligned."""
         sizes = (self.missing_bytes(site) for site in self.sites_of_layer[layer])
-        return sum(-(-size // _ALIGN) * _ALIGN for size in sizes)
+        return sum(-(-size // STAGE_ALIGN_BYTES) * STAGE_ALIGN_BYTES for size in sizes)
 
     def buffer_bytes(self) -> int:
         layers = max(self.layer_bytes(layer) for layer in range(self.model.layer_count))

@@ -27,6 +27,7 @@ from host_client.driver import Drive, DriveLost, PendingCommand, Staged, StagedS
 from host_client.io import Buffer, Extent, Reader
 from host_client.runtime.checksums import Checksums
 from host_client.runtime.fetch import STAGE_TIMEOUT_S
+from host_client.runtime.plan import STAGE_ALIGN_BYTES
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
 from host_client.runtime.tally import Tally
@@ -36,8 +37,6 @@ U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
 
 PendingStage = PendingCommand[Staged]
-
-_ALIGN = 64  # of each site's part of a staging buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +244,7 @@ class Prefetcher:
             offsets.append(end)
             if site.length_bytes:
                 extents.append(Extent(site.window_offset, site.length_bytes, buffer, end))
-            end += -(-site.length_bytes // _ALIGN) * _ALIGN
+            end += -(-site.length_bytes // STAGE_ALIGN_BYTES) * STAGE_ALIGN_BYTES
         if end > self._buffer_bytes:
             raise WindowTooSmall(
                 f"step {request.step.number} needs {end} bytes; a staging buffer has "

@@ -266,6 +266,13 @@ class Compute(_Section):
     ops_per_s: Positive  # multiply and add are two; assumed
 
 
+class Endurance(_Section):
+    """What the cells are rated for: wear in SMART and the rates of modelled errors go by it."""
+
+    rated_cycles: Positive = 3_000  # program/erase cycles of a block; usual for TLC, assumed
+    retention_days: Positive = 365  # that data keeps unpowered at that wear; JEDEC JESD218, client
+
+
 class FtlConfig(_Section):
     """Flash translation layer."""
 
@@ -299,6 +306,7 @@ class DriveConfig(_Section):
     ftl: FtlConfig
     queues: Queues
     write_buffer: WriteBufferConfig = WriteBufferConfig()
+    endurance: Endurance = Endurance()
 
     @property
     def capacity_sectors(self) -> int:

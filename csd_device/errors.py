@@ -4,8 +4,13 @@ A `CommandError` ends one command with `status` and `detail`; the drive goes on.
 raised before there is a drive: its message is for the person who started the daemon.
 """
 
+import numpy as np
+import numpy.typing as npt
+
 from csd_protocol.status import Status
 from csd_protocol.units import format_size
+
+I64 = npt.NDArray[np.int64]
 
 
 class CommandError(Exception):
@@ -77,10 +82,16 @@ class WriteFault(CommandError):
 
 
 class UnrecoveredRead(CommandError):
-    """The media could not give the bytes back."""
+    """The media could not give the bytes back.
 
-    def __init__(self, detail: str) -> None:
+    `psas` [n] are the physical sectors that are lost, ascending, where the media knows them; `rows`
+    [m] the rows of a read of units that they belong to, where it was one (`Ftl.read_units`).
+    """
+
+    def __init__(self, detail: str, psas: I64 | None = None, rows: I64 | None = None) -> None:
         super().__init__(Status.UNRECOVERED_READ, detail)
+        self.psas = psas
+        self.rows = rows
 
 
 class DriveRefused(Exception):

@@ -177,7 +177,9 @@ class CommandTime:
         """NAND pages into on-drive DRAM."""
         self._flow = None
         if self._drive and reads.ppns.size:
-            done = self._drive.nand.read_pages(self.now_ns, reads.ppns, reads.transfer_bytes)
+            done = self._drive.nand.read_pages(
+                self.now_ns, reads.ppns, reads.transfer_bytes, reads.extra_ns
+            )
             self.nand_ns += self._pass_to(int(done.max()))
             self._flow = self._drive.sector_times(done, reads.transfer_bytes)
 

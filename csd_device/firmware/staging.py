@@ -242,7 +242,15 @@ def _pieces(rows: I64, unit_bytes: int) -> Iterator[I64]:
 def _joined(reads: list[PageReads]) -> PageReads:
     if len(reads) == 1:
         return reads[0]
+    extra_ns = None
+    if any(part.extra_ns is not None for part in reads):
+        extra_ns = np.concatenate([_extra_ns(part) for part in reads])
     return PageReads(
         np.concatenate([part.ppns for part in reads]),
         np.concatenate([part.transfer_bytes for part in reads]),
+        extra_ns,
     )
+
+
+def _extra_ns(reads: PageReads) -> I64:
+    return np.zeros_like(reads.ppns) if reads.extra_ns is None else reads.extra_ns

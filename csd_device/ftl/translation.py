@@ -10,6 +10,7 @@ A page is programmed when its last sector is filled; a flush pads the page being
 crash writing goes on behind the last committed sector.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,19 @@ COMMIT_ENTRIES = 4096  # changes held in memory before they are committed unaske
 CHECKPOINT_BYTES = 8 << 20  # of journal, before a checkpoint replaces it
 NO_POINTER = -1
 
+Wrap = Callable[[Media, Superblocks], Media]
+
 
 @dataclass(frozen=True, slots=True)
 class PageReads:
-    """Pages that a read touches, each once, and the bytes that leave each."""
+    """Pages that a read touches, each once, and the bytes that leave each.
+
+    `extra_ns` is what the array takes longer for each than tR (read retries); None: nothing.
+    """
 
     ppns: I64
     transfer_bytes: I64
+    extra_ns: I64 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +88,12 @@ class Ftl:
         config: DriveConfig,
         folder: MediaFolder,
         policy: VictimPolicy | None = None,
+        superblocks: Superblocks | None = None,
     ) -> None:
-        """Recovers the mapping from the folder. Takes over media and folder."""
+        """Recovers the mapping from the folder. Takes over media and folder.
+
+        `superblocks`: those that the media were wrapped with, if any.
+        """
         geometry = config.geometry
         assert media.size_bytes == geometry.raw_bytes
         self._media = media
@@ -92,7 +103,7 @@ class Ftl:
         self.capacity_sectors = config.capacity_sectors
         self.mapping_bytes = config.mapping_bytes
         self._table: U32 = np.zeros(config.capacity_sectors, np.uint32)
-        self._superblocks = Superblocks(geometry.blocks_per_plane)
+        self._superblocks = superblocks or Superblocks(geometry.blocks_per_plane)
         self._pointer = NO_POINTER
         self._pending: list[Entry] = []
         self._erased: list[int] = []  # superblocks, since the last PagePrograms
@@ -102,15 +113,21 @@ class Ftl:
         self._journal = self._recover(folder.path)
 
     @classmethod
-    def open(cls, directory: Path, config: DriveConfig) -> Self:
-        """The drive kept in this folder, made if it is not there. Raises DriveRefused."""
+    def open(cls, directory: Path, config: DriveConfig, wrap: Wrap | None = None) -> Self:
+        """The drive kept in this folder, made if it is not there. Raises DriveRefused.
+
+        `wrap` puts decorators around the clean media; it is given the wear that they go by.
+        """
         with ExitStack() as undo:
             folder = MediaFolder.open(directory, config)
             undo.callback(folder.close)
-            media = FileMedia(folder.nand_path, config.geometry.raw_bytes)
+            media: Media = FileMedia(folder.nand_path, config.geometry.raw_bytes)
             undo.callback(media.close)
+            superblocks = Superblocks(config.geometry.blocks_per_plane)
+            if wrap:
+                media = wrap(media, superblocks)
             try:
-                ftl = cls(media, config, folder)
+                ftl = cls(media, config, folder, superblocks=superblocks)
             except OSError as error:
                 raise DriveRefused(f"media folder {directory}: {error}") from error
             undo.pop_all()

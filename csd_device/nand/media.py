@@ -46,14 +46,22 @@ class Pieces:
     targets: I64  # [n] offset in the buffer
 
 
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """Sectors that took the array longer than one tR, and how much longer."""
+
+    psas: I64  # [n] physical sectors, ascending, each once
+    extra_ns: I64  # [n]
+
+
 class Media(Protocol):
     """`size_bytes` of cells. Ranges outside of them are bugs and fail assertions."""
 
     @property
     def size_bytes(self) -> int: ...
 
-    def gather(self, pieces: Pieces, out: U8) -> None:
-        """Reads each piece into the flat `out`. Raises UnrecoveredRead."""
+    def gather(self, pieces: Pieces, out: U8) -> Retries | None:
+        """Reads each piece into the flat `out`; None: each at once. Raises UnrecoveredRead."""
         ...
 
     def write(self, start: int, data: U8) -> None:
@@ -81,8 +89,9 @@ class RamMedia:
     def size_bytes(self) -> int:
         return int(self._cells.size)
 
-    def gather(self, pieces: Pieces, out: U8) -> None:
+    def gather(self, pieces: Pieces, out: U8) -> Retries | None:
         gather(self._cells, pieces.starts, pieces.lengths, pieces.targets, out)
+        return None
 
     def write(self, start: int, data: U8) -> None:
         _check_range(self, start, data.size)
@@ -120,9 +129,10 @@ class FileMedia:
     def size_bytes(self) -> int:
         return self._size_bytes
 
-    def gather(self, pieces: Pieces, out: U8) -> None:
+    def gather(self, pieces: Pieces, out: U8) -> Retries | None:
         gather(self._cells, pieces.starts, pieces.lengths, pieces.targets, out)
         self._bound_mapped(int(pieces.lengths.sum()) + pieces.lengths.size * _FAULT_BYTES)
+        return None
 
     def write(self, start: int, data: U8) -> None:
         _check_range(self, start, data.size)

@@ -21,12 +21,18 @@ class SuperblockState(IntEnum):
 
 
 class Superblocks:
-    """One entry a superblock; `valid` counts its sectors that a mapping points to."""
+    """One entry a superblock.
+
+    `valid` counts its sectors that a mapping points to, `reads` its page reads since the last
+    erase; `written_ns` is when, on the drive's clock, it was opened: its data is that old.
+    """
 
     def __init__(self, count: int) -> None:
         self.states: npt.NDArray[np.uint8] = np.zeros(count, np.uint8)
         self.erases: npt.NDArray[np.uint32] = np.zeros(count, np.uint32)
         self.valid: I64 = np.zeros(count, np.int64)
+        self.reads: I64 = np.zeros(count, np.int64)
+        self.written_ns: I64 = np.zeros(count, np.int64)
 
     def having(self, state: SuperblockState) -> I64:
         """Indices of those in this state, ascending."""

@@ -113,6 +113,13 @@ def deallocate(slba: int, blocks: int) -> Command:
     return _nvm(what, NvmOpcode.DATASET_MANAGEMENT, dataset_management=body)
 
 
+def copy(from_slba: int, to_slba: int, blocks: int) -> Command:
+    source = pb.BlockRange(slba=from_slba, blocks=blocks)
+    body = pb.Copy(dst_slba=to_slba, sources=[source])
+    what = f"Copy of {blocks} blocks from block {from_slba} to {to_slba}"
+    return _nvm(what, NvmOpcode.COPY, copy=body)
+
+
 # ---- compute and staging ---------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from csd_protocol.packed import Site
 from host_client.driver import Drive, StageTarget
 from host_client.io import Buffer, Extent, Reader
 from host_client.runtime.checksums import Checksums
+from host_client.runtime.copies import Copies
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.tally import Tally
 
@@ -25,10 +26,10 @@ class Fetcher:
     """Stages named units of one model and reads them into a buffer."""
 
     def __init__(
-        self, drive: Drive, model: int, reader: Reader, checksums: Checksums, tally: Tally
+        self, drive: Drive, copies: Copies, reader: Reader, checksums: Checksums, tally: Tally
     ) -> None:
         self._drive = drive
-        self._model = model
+        self._copies = copies
         self._reader = reader
         self._checksums = checksums
         self._tally = tally
@@ -36,7 +37,7 @@ class Fetcher:
     def fetch(self, site: Site, units: U32, buffer: Buffer, offset_bytes: int = 0) -> None:
         """Read `units` [n], ascending, packed into `buffer` from `offset_bytes` on.
 
-        Raises UnitCorrupt, DriveLost, CommandFailed, WindowTooSmall.
+        Raises UnitsLost, UnitCorrupt, DriveLost, CommandFailed, WindowTooSmall.
         """
         for part in self._parts(site, units):
             self._fetch_part(site, part, buffer, offset_bytes)
@@ -54,7 +55,7 @@ class Fetcher:
 
     def _fetch_part(self, site: Site, units: U32, buffer: Buffer, offset_bytes: int) -> None:
         target = StageTarget(site=site.site, units=units, ignore_residency=True)
-        staged = self._drive.stage(self._model, [target]).result(STAGE_TIMEOUT_S)
+        staged = self._copies.stage([target]).result(STAGE_TIMEOUT_S)
         lease = staged.sites[0]
         extent = Extent(lease.window_offset, lease.length_bytes, buffer, offset_bytes)
         try:

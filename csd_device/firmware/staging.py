@@ -208,7 +208,8 @@ class Stager:
             at = int(np.argmax(lost))
             status = Status.GUARD_CHECK
             why = f"CRC32C {found[at]:08x}, packed with {expected[at]:08x}"
-        self.cache.insert(site.key, units[~lost], data[~lost])
+        if not lost.all():
+            self.cache.insert(site.key, units[~lost], data[~lost])
         if not lost.any():  # a second read went well
             return reads
         raise PieceUnreadable(status, why, _by_copy(site, units, lost, copies), reads)

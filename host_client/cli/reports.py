@@ -151,8 +151,8 @@ def generation_table(report: "GenerationReport", plan: Plan) -> Table:
 
 def _recovered(report: "GenerationReport") -> str:
     return (
-        f"{report.recovered_units:,} units lost in one copy, read from another "
-        f"{report.drive.units_from_copies:,} times. `csd verify {report.model}` lists them"
+        f"units: {report.recovered_units:,} lost in one copy, read from another "
+        f"({report.drive.units_from_copies:,} reads); `csd verify {report.model}` lists them"
     )
 
 

@@ -8,8 +8,8 @@ Each command goes through the same lanes as on a queue pair: a core of the firmw
 dies and channels, the link; so the times are those that a queue pair would give. A closed loop
 submits the next command the moment one completes: `slots_ns` holds when each of `depth` slots
 becomes free, and afterwards when it will; pass it on to go on. There are no CIDs, no completions
-and no abort here. With `out` uint8[n, blocks * 4096] the data moves as well; array time that a
-fault adds (read retry) is told to queue pairs only.
+and no abort here. With `out` uint8[n, blocks * 4096] the data moves as well. Where bit errors are
+switched on it moves anyway, as only the bytes tell what a read retry adds to each page.
 """
 
 from typing import Any, NamedTuple
@@ -23,12 +23,16 @@ from csd_device.config import SECTOR_BYTES
 from csd_device.errors import CommandError, LbaOutOfRange
 from csd_device.firmware.controller import Controller
 from csd_device.firmware.modelled_time import DriveTime, spread_sectors, thin_out
+from csd_device.ftl import PageReads
 from csd_device.nand.timeline import Batch, schedule, schedule_one
 from csd_protocol.status import Status
 
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
+
+
+PIECE_BYTES = 1 << 20  # of data that moves at a time
 
 
 class _Path(NamedTuple):
@@ -42,6 +46,8 @@ class _Path(NamedTuple):
     moves_ns: I64  # [sectors_per_page + 1] bus time of so many sectors
     link_ns: int  # of one command's data
     link: Bookings
+    slow_ppns: I64  # [m] pages that take the array longer, ascending
+    slow_ns: I64  # [m] how much
 
 
 @njit(nogil=True, cache=True)
@@ -61,12 +67,23 @@ def _pages_of(path: Any, slba: Any, ppns: Any, sectors: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
+def _look_up_extra(path: Any, pages: Any, count: Any) -> None:
+    """Fills in what the array takes longer for each page of a command."""
+    for index in range(count):
+        at = np.searchsorted(path.slow_ppns, pages.ppns[index])
+        is_slow = at < path.slow_ppns.shape[0] and path.slow_ppns[at] == pages.ppns[index]
+        pages.extra[index] = path.slow_ns[at] if is_slow else 0
+
+
+@njit(nogil=True, cache=True)
 def _read_flash(
     path: Any, state: Any, rules: Any, operation: Any, pages: Any, sectors: Any, count: Any
 ) -> Any:
     """When each part of the data is in DRAM."""
     for index in range(count):
         pages.moves[index] = path.moves_ns[sectors[index]]
+    if path.slow_ppns.shape[0]:
+        _look_up_extra(path, pages, count)
     if count == 1:
         schedule_one(state, rules, operation, pages)
         return spread_sectors(pages.done[:1], pages.moves[:1], sectors[:1])
@@ -74,7 +91,7 @@ def _read_flash(
         pages.arrivals[:count],
         pages.ppns[:count],
         pages.moves[:count],
-        pages.extra,
+        pages.extra[:count],
         pages.done[:count],
     )
     schedule(state, rules, operation, part)
@@ -106,7 +123,7 @@ def _serve_all(
     path: Any, state: Any, rules: Any, operation: Any, slbas: Any, submitted: Any, done: Any
 ) -> Any:
     """Commands as they arrive; how many pages they read."""
-    pages, sectors = _scratch(path.blocks)
+    pages, sectors = _scratch(path)
     page_reads = 0
     for index in range(slbas.shape[0]):
         done[index], count = _serve(
@@ -122,7 +139,7 @@ def _serve_loop(
     submitted: Any, done: Any,
 ) -> Any:  # fmt: skip
     """Commands as slots become free (a heap); how many pages they read."""
-    pages, sectors = _scratch(path.blocks)
+    pages, sectors = _scratch(path)
     page_reads = 0
     for index in range(slbas.shape[0]):
         submitted[index] = slots[0]
@@ -135,12 +152,13 @@ def _serve_loop(
 
 
 @njit(nogil=True, cache=True)
-def _scratch(blocks: Any) -> Any:
+def _scratch(path: Any) -> Any:
+    blocks = path.blocks
     pages = Batch(
         np.empty(blocks, np.int64),
         np.empty(blocks, np.int64),
         np.empty(blocks, np.int64),
-        np.empty(0, np.int64),
+        np.empty(blocks if path.slow_ppns.shape[0] else 0, np.int64),
         np.empty(blocks, np.int64),
     )
     return pages, np.empty(blocks, np.int64)
@@ -169,15 +187,15 @@ def read_batch(
     """When each command is done [n]; those that arrive first come first in the arrays.
 
     With time off, when they arrived. Raises CommandError, before anything happens: LBA Out of
-    Range, Invalid Field beyond MDTS; and what the media raise when data moves.
+    Range, Invalid Field beyond MDTS; and what the media raise when data moves (UnrecoveredRead).
     """
     assert slbas.shape == arrival_ns.shape
     _check(controller, slbas, blocks)
-    _move_data(controller, slbas, blocks, out)
+    slow = _move_data(controller, slbas, blocks, out)
     done = arrival_ns.copy()
     page_reads = 0
     if controller.time and slbas.size:
-        path, timeline = _path(controller, controller.time, blocks), controller.time.nand
+        path, timeline = _path(controller, controller.time, blocks, slow), controller.time.nand
         page_reads = _serve_all(
             path, timeline.state, timeline.rules, timeline.read, slbas, arrival_ns, done
         )
@@ -194,13 +212,13 @@ def read_closed_loop(
     Raises as `read_batch` does.
     """
     _check(controller, slbas, blocks)
-    _move_data(controller, slbas, blocks, out)
+    slow = _move_data(controller, slbas, blocks, out)
     slots_ns.sort()
     submitted = np.full(slbas.size, slots_ns[0], np.int64)
     done = submitted.copy()
     page_reads = 0
     if controller.time and slbas.size:
-        path, timeline = _path(controller, controller.time, blocks), controller.time.nand
+        path, timeline = _path(controller, controller.time, blocks, slow), controller.time.nand
         page_reads = _serve_loop(
             path, timeline.state, timeline.rules, timeline.read, slbas, slots_ns, submitted, done
         )
@@ -208,7 +226,7 @@ def read_closed_loop(
     return submitted, done
 
 
-def _path(controller: Controller, time: DriveTime, blocks: int) -> _Path:
+def _path(controller: Controller, time: DriveTime, blocks: int, slow: PageReads) -> _Path:
     per_page = controller.config.geometry.sectors_per_page
     sizes = np.arange(per_page + 1, dtype=np.int64) * SECTOR_BYTES
     return _Path(
@@ -220,6 +238,8 @@ def _path(controller: Controller, time: DriveTime, blocks: int) -> _Path:
         moves_ns=time.nand.moves_ns(sizes),
         link_ns=time.link_model.transfer_ns(blocks * SECTOR_BYTES),
         link=time.link_down.bookings,
+        slow_ppns=slow.ppns,
+        slow_ns=_NONE if slow.extra_ns is None else slow.extra_ns,
     )
 
 
@@ -234,9 +254,40 @@ def _check(controller: Controller, slbas: I64, blocks: int) -> None:
         raise LbaOutOfRange(worst, blocks, controller.ftl.capacity_sectors)
 
 
-def _move_data(controller: Controller, slbas: I64, blocks: int, out: U8 | None) -> None:
-    if out is not None:
-        controller.ftl.read_units(slbas * SECTOR_BYTES, blocks * SECTOR_BYTES, out)
+def _move_data(controller: Controller, slbas: I64, blocks: int, out: U8 | None) -> PageReads:
+    """Moves the data where it is wanted or says how long it takes: the pages with read retries."""
+    unit_bytes = blocks * SECTOR_BYTES
+    if out is None and not controller.faults.may_retry:
+        return _NO_READS
+    step = max(1, PIECE_BYTES // unit_bytes)
+    slow = []
+    for start in range(0, slbas.size, step):
+        offsets = slbas[start : start + step] * SECTOR_BYTES
+        room = (offsets.size, unit_bytes)
+        piece = np.empty(room, np.uint8) if out is None else out[start : start + step]
+        slow.append(_slow_part(controller.ftl.read_units(offsets, unit_bytes, piece)))
+    return _once(slow)
+
+
+def _slow_part(reads: PageReads) -> tuple[I64, I64]:
+    if reads.extra_ns is None:
+        return _NONE, _NONE
+    is_slow = reads.extra_ns > 0
+    return reads.ppns[is_slow], reads.extra_ns[is_slow]
+
+
+def _once(parts: list[tuple[I64, I64]]) -> PageReads:
+    """Each page once, ascending; the longest time of each."""
+    ppns = np.concatenate([_NONE, *(part[0] for part in parts)])
+    times = np.concatenate([_NONE, *(part[1] for part in parts)])
+    pages, places = np.unique(ppns, return_inverse=True)
+    extra_ns = np.zeros(pages.size, np.int64)
+    np.maximum.at(extra_ns, places, times)
+    return PageReads(pages, np.zeros_like(pages), extra_ns)
+
+
+_NONE: I64 = np.empty(0, np.int64)
+_NO_READS = PageReads(_NONE, _NONE)
 
 
 def _count(controller: Controller, blocks: int, page_reads: int, took_ns: I64) -> None:

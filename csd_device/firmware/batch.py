@@ -23,7 +23,7 @@ from csd_device.config import SECTOR_BYTES
 from csd_device.errors import CommandError, LbaOutOfRange
 from csd_device.firmware.controller import Controller
 from csd_device.firmware.modelled_time import DriveTime, spread_sectors, thin_out
-from csd_device.ftl import PageReads
+from csd_device.nand.media import Retries
 from csd_device.nand.timeline import Batch, schedule, schedule_one
 from csd_protocol.status import Status
 
@@ -46,14 +46,22 @@ class _Path(NamedTuple):
     moves_ns: I64  # [sectors_per_page + 1] bus time of so many sectors
     link_ns: int  # of one command's data
     link: Bookings
-    slow_ppns: I64  # [m] pages that take the array longer, ascending
+    slow_psas: I64  # [m] sectors that take the array longer, ascending
     slow_ns: I64  # [m] how much
 
 
 @njit(nogil=True, cache=True)
-def _pages_of(path: Any, slba: Any, ppns: Any, sectors: Any) -> Any:
-    """Fills in the pages of a command and the sectors of each; how many pages."""
-    count = 0
+def _extra_of(path: Any, psa: Any) -> Any:
+    """What the array takes longer for a sector."""
+    at = np.searchsorted(path.slow_psas, psa)
+    is_slow = at < path.slow_psas.shape[0] and path.slow_psas[at] == psa
+    return path.slow_ns[at] if is_slow else np.int64(0)
+
+
+@njit(nogil=True, cache=True)
+def _pages_of(path: Any, slba: Any, pages: Any, sectors: Any) -> Any:
+    """Fills in the pages of a command and the sectors and retries of each; how many pages."""
+    ppns, count, has_extra = pages.ppns, 0, path.slow_psas.shape[0] > 0
     for lba in range(slba, slba + path.blocks):
         entry = np.int64(path.table[lba])
         if entry == 0:
@@ -61,18 +69,13 @@ def _pages_of(path: Any, slba: Any, ppns: Any, sectors: Any) -> Any:
         ppn = (entry - 1) // path.sectors_per_page
         if count == 0 or ppns[count - 1] != ppn:
             ppns[count], sectors[count] = ppn, 0
+            if has_extra:
+                pages.extra[count] = 0
             count += 1
         sectors[count - 1] += 1
+        if has_extra:
+            pages.extra[count - 1] = max(pages.extra[count - 1], _extra_of(path, entry - 1))
     return count
-
-
-@njit(nogil=True, cache=True)
-def _look_up_extra(path: Any, pages: Any, count: Any) -> None:
-    """Fills in what the array takes longer for each page of a command."""
-    for index in range(count):
-        at = np.searchsorted(path.slow_ppns, pages.ppns[index])
-        is_slow = at < path.slow_ppns.shape[0] and path.slow_ppns[at] == pages.ppns[index]
-        pages.extra[index] = path.slow_ns[at] if is_slow else 0
 
 
 @njit(nogil=True, cache=True)
@@ -82,8 +85,6 @@ def _read_flash(
     """When each part of the data is in DRAM."""
     for index in range(count):
         pages.moves[index] = path.moves_ns[sectors[index]]
-    if path.slow_ppns.shape[0]:
-        _look_up_extra(path, pages, count)
     if count == 1:
         schedule_one(state, rules, operation, pages)
         return spread_sectors(pages.done[:1], pages.moves[:1], sectors[:1])
@@ -107,7 +108,7 @@ def _serve(
     core = path.cores.argmin()
     now = max(path.cores[core], arrival) + path.firmware_ns
     path.cores[core] = now
-    count = _pages_of(path, slba, pages.ppns, sectors)
+    count = _pages_of(path, slba, pages, sectors)
     if count:
         pages.arrivals[:count] = now
         flow = _read_flash(path, state, rules, operation, pages, sectors, count)
@@ -158,7 +159,7 @@ def _scratch(path: Any) -> Any:
         np.empty(blocks, np.int64),
         np.empty(blocks, np.int64),
         np.empty(blocks, np.int64),
-        np.empty(blocks if path.slow_ppns.shape[0] else 0, np.int64),
+        np.empty(blocks if path.slow_psas.shape[0] else 0, np.int64),
         np.empty(blocks, np.int64),
     )
     return pages, np.empty(blocks, np.int64)
@@ -226,7 +227,7 @@ def read_closed_loop(
     return submitted, done
 
 
-def _path(controller: Controller, time: DriveTime, blocks: int, slow: PageReads) -> _Path:
+def _path(controller: Controller, time: DriveTime, blocks: int, slow: Retries) -> _Path:
     per_page = controller.config.geometry.sectors_per_page
     sizes = np.arange(per_page + 1, dtype=np.int64) * SECTOR_BYTES
     return _Path(
@@ -238,8 +239,8 @@ def _path(controller: Controller, time: DriveTime, blocks: int, slow: PageReads)
         moves_ns=time.nand.moves_ns(sizes),
         link_ns=time.link_model.transfer_ns(blocks * SECTOR_BYTES),
         link=time.link_down.bookings,
-        slow_ppns=slow.ppns,
-        slow_ns=_NONE if slow.extra_ns is None else slow.extra_ns,
+        slow_psas=slow.psas,
+        slow_ns=slow.extra_ns,
     )
 
 
@@ -254,40 +255,25 @@ def _check(controller: Controller, slbas: I64, blocks: int) -> None:
         raise LbaOutOfRange(worst, blocks, controller.ftl.capacity_sectors)
 
 
-def _move_data(controller: Controller, slbas: I64, blocks: int, out: U8 | None) -> PageReads:
-    """Moves the data where it is wanted or says how long it takes: the pages with read retries."""
+def _move_data(controller: Controller, slbas: I64, blocks: int, out: U8 | None) -> Retries:
+    """Moves the data where it is wanted or tells how long it takes; the sectors retried."""
     unit_bytes = blocks * SECTOR_BYTES
     if out is None and not controller.faults.may_retry:
-        return _NO_READS
+        return _NO_RETRIES
     step = max(1, PIECE_BYTES // unit_bytes)
-    slow = []
+    retries = [_NO_RETRIES]
     for start in range(0, slbas.size, step):
         offsets = slbas[start : start + step] * SECTOR_BYTES
         room = (offsets.size, unit_bytes)
         piece = np.empty(room, np.uint8) if out is None else out[start : start + step]
-        slow.append(_slow_part(controller.ftl.read_units(offsets, unit_bytes, piece)))
-    return _once(slow)
+        reads = controller.ftl.read_units(offsets, unit_bytes, piece)
+        retries.append(reads.retries or _NO_RETRIES)
+    # A sector takes the same each time, so of each any will do.
+    psas, first = np.unique(np.concatenate([part.psas for part in retries]), return_index=True)
+    return Retries(psas, np.concatenate([part.extra_ns for part in retries])[first])
 
 
-def _slow_part(reads: PageReads) -> tuple[I64, I64]:
-    if reads.extra_ns is None:
-        return _NONE, _NONE
-    is_slow = reads.extra_ns > 0
-    return reads.ppns[is_slow], reads.extra_ns[is_slow]
-
-
-def _once(parts: list[tuple[I64, I64]]) -> PageReads:
-    """Each page once, ascending; the longest time of each."""
-    ppns = np.concatenate([_NONE, *(part[0] for part in parts)])
-    times = np.concatenate([_NONE, *(part[1] for part in parts)])
-    pages, places = np.unique(ppns, return_inverse=True)
-    extra_ns = np.zeros(pages.size, np.int64)
-    np.maximum.at(extra_ns, places, times)
-    return PageReads(pages, np.zeros_like(pages), extra_ns)
-
-
-_NONE: I64 = np.empty(0, np.int64)
-_NO_READS = PageReads(_NONE, _NONE)
+_NO_RETRIES = Retries(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 def _count(controller: Controller, blocks: int, page_reads: int, took_ns: I64) -> None:

@@ -53,11 +53,13 @@ class PageReads:
     """Pages that a read touches, each once, and the bytes that leave each.
 
     `extra_ns` is what the array takes longer for each than tR (read retries); None: nothing.
+    `retries` is the same by sector, for who asks again for some of them.
     """
 
     ppns: I64
     transfer_bytes: I64
     extra_ns: I64 | None = None
+    retries: Retries | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,7 @@ class Ftl:
             raise self._located(error, offsets_bytes, unit_bytes) from None
         per_page = self._geometry.sectors_per_page
         ppns, sizes = pages_of(pieces, per_page)
-        return PageReads(ppns, sizes, _by_page(retries, ppns, per_page))
+        return PageReads(ppns, sizes, _by_page(retries, ppns, per_page), retries)
 
     def _located(self, error: UnrecoveredRead, offsets: I64, unit_bytes: int) -> UnrecoveredRead:
         """The same error with the LBAs and the rows of the read that it means."""

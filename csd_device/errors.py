@@ -44,6 +44,17 @@ class WindowFull(CommandError):
         )
 
 
+class WindowGone(CommandError):
+    """There is no window now; it may come back."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            Status.WINDOW_UNAVAILABLE,
+            "the drive's window is gone and all leases with it. Open its file again when it is "
+            "back, and stage again",
+        )
+
+
 class NoLease(CommandError):
     """A lease that does not exist or belongs to another host."""
 
@@ -75,10 +86,11 @@ class CapacityExceeded(CommandError):
 
 
 class WriteFault(CommandError):
-    """The media could not take the bytes."""
+    """The media could not take the bytes, or not erase them; `address` is where, if known."""
 
-    def __init__(self, detail: str) -> None:
+    def __init__(self, detail: str, address: int | None = None) -> None:
         super().__init__(Status.WRITE_FAULT, detail)
+        self.address = address
 
 
 class UnrecoveredRead(CommandError):

@@ -57,6 +57,9 @@ class Commands(OnDemandGroup):
             "Print controller, namespace, window and loaded programs.",
         ),
         "log": Entry(f"{_CLI}.drive_commands", "log", "Print a log page: smart, error or stage."),
+        "faults": Entry(
+            f"{_CLI}.fault_commands", "app", "Faults of the drive: show, set and clear."
+        ),
         "predictor": Entry(
             f"{_CLI}.predictor_commands",
             "app",

@@ -65,5 +65,5 @@ def _site_text(site: SiteRecord, lost: LostUnits) -> str:
 
 def _advice(site: SiteRecord) -> str:
     if site.copies > 1:
-        return "Stage them from another copy"
-    return "Pack the model again; packed in several copies, another would have served"
+        return "Another copy may have what this one lost"
+    return "Pack the model again; in several copies, another would have it"

@@ -101,27 +101,27 @@ class Ftl:
         self._folder = folder
         self.capacity_sectors = config.capacity_sectors
         self.mapping_bytes = config.mapping_bytes
-        self.superblocks = superblocks or Superblocks(geometry.blocks_per_plane)
+        self._superblocks = superblocks or Superblocks(geometry.blocks_per_plane)
         self._maps = TwoWayMap(
             config.capacity_sectors,
             geometry.raw_sectors,
             geometry.sectors_per_superblock,
-            self.superblocks.valid,
+            self._superblocks.valid,
         )
         self._table: U32 = self._maps.table
         self._changes = Changes()
         self._work = Work(geometry)
         self._placement = Placement(
-            media, geometry, self.superblocks, self._changes, self._work
+            media, geometry, self._superblocks, self._changes, self._work
         )  # fmt: skip
         self._collector = Collector(
-            config, media, self.superblocks, self._maps, self._placement, self._changes, self._work
+            config, media, self._superblocks, self._maps, self._placement, self._changes, self._work
         )
         self._spares_initial = max(0, config.spare_superblocks)
         self._sectors_written = 0
         self._now_ns = 0
         self._journal = self._recover(folder.path)
-        self._saved_reads = self.superblocks.reads.copy()
+        self._saved_reads = self._superblocks.reads.copy()
 
     @classmethod
     def open(cls, directory: Path, config: DriveConfig, wrap: Wrap | None = None) -> Self:
@@ -172,6 +172,10 @@ class Ftl:
         return np.not_equal(self._table[lpn : lpn + count], 0)
 
     @property
+    def superblocks(self) -> Superblocks:
+        return self._superblocks
+
+    @property
     def table(self) -> U32:
         """The L2P table, for compiled readers: PSA + 1 of each logical sector, 0: unmapped."""
         return self._table
@@ -189,7 +193,7 @@ class Ftl:
     @property
     def used_sectors(self) -> int:
         """Logical sectors that hold data."""
-        return int(self.superblocks.valid.sum())
+        return int(self._superblocks.valid.sum())
 
     # ---- changes -----------------------------------------------------------------------------
 
@@ -271,7 +275,7 @@ class Ftl:
     def counters(self) -> Counters:
         written = self._sectors_written * SECTOR_BYTES
         programmed = self._work.pages_programmed * self._geometry.page_bytes
-        erases = self.superblocks.erases
+        erases = self._superblocks.erases
         return Counters(
             sectors_written=self._sectors_written,
             sectors_moved=self._collector.sectors_moved,
@@ -284,8 +288,8 @@ class Ftl:
             erases_mean=float(erases.mean()),
             erases_max=int(erases.max()),
             erases_spread=int(erases.max()) - int(erases.min()),
-            free_superblocks=self.superblocks.free_count,
-            bad_superblocks=self.superblocks.bad_count,
+            free_superblocks=self._superblocks.free_count,
+            bad_superblocks=self._superblocks.bad_count,
             spare_superblocks=max(0, self._collector.spares_left),
             spare_superblocks_initial=self._spares_initial,
             is_read_only=self.is_read_only,
@@ -294,7 +298,7 @@ class Ftl:
     def check(self) -> None:
         """Asserts the invariants that hold between commands."""
         self._maps.check()
-        blocks = self.superblocks
+        blocks = self._superblocks
         is_empty = (blocks.states == SuperblockState.FREE) | (blocks.states == SuperblockState.BAD)
         assert not blocks.valid[is_empty].any(), "a free or bad superblock holds data"
         opened = [psa // self._placement.size for psa in self.pointers if psa != NO_POINTER]
@@ -348,7 +352,7 @@ class Ftl:
 
     def _is_possible(self, count: int) -> bool:
         """Whether so many sectors would fit if nothing stale were left."""
-        blocks = self.superblocks
+        blocks = self._superblocks
         good = blocks.states.size - blocks.bad_count - self._collector.reserve
         return good * self._placement.size - self.used_sectors >= count
 
@@ -367,7 +371,7 @@ class Ftl:
 
     def _take_back(self) -> None:
         """Erases what holds nothing. Only right after a commit: see the head of this file."""
-        blocks = self.superblocks
+        blocks = self._superblocks
         is_stale = (blocks.states == SuperblockState.FULL) & (blocks.valid == 0)
         for superblock in np.flatnonzero(is_stale).tolist():
             if not blocks.retiring[superblock] and self._placement.erase(superblock):
@@ -380,7 +384,7 @@ class Ftl:
             self._collector.forget(superblock)
 
     def _note_reads(self) -> None:
-        reads = self.superblocks.reads
+        reads = self._superblocks.reads
         grown = np.flatnonzero(reads - self._saved_reads >= READS_STEP)
         for superblock in grown.tolist():
             self._changes.note_event(EventKind.READS, superblock, int(reads[superblock]))
@@ -394,10 +398,15 @@ class Ftl:
 
     def _checkpoint(self, is_clean: bool = False) -> None:
         """Only with nothing pending but what `_take_back` did."""
-        arrays = checkpoint_arrays(self.superblocks, self._placement.powered_ns)
+        arrays = checkpoint_arrays(self._superblocks, self._placement.powered_ns)
         self._journal.replace_by(
             Checkpoint(
-                self._journal.number, is_clean, self._progress(), arrays, self._maps.chunks()
+                number=self._journal.number,
+                is_clean=is_clean,
+                progress=self._progress(),
+                arrays=arrays,
+                chunk_count=self._maps.chunk_count,
+                chunks=self._maps.chunks(),
             )
         )
         self._changes.clear()
@@ -405,7 +414,7 @@ class Ftl:
     def _recover(self, directory: Path) -> Journal:
         journal, checkpoint, records = Journal.open(directory)
         try:
-            found = recover(checkpoint, records, self._maps, self.superblocks)
+            found = recover(checkpoint, records, self._maps, self._superblocks)
             self._go_on(found, journal)
         except BaseException:
             journal.close()
@@ -432,7 +441,7 @@ class Ftl:
 
     def _check_writable(self) -> None:
         if self.is_read_only:
-            raise WriteProtected(self.superblocks.bad_count, self._spares_initial)
+            raise WriteProtected(self._superblocks.bad_count, self._spares_initial)
 
     def _check_bytes(self, start: int, end: int) -> None:
         if start < 0 or end > self.capacity_sectors * SECTOR_BYTES:

@@ -33,7 +33,7 @@ from csd_device.firmware.programs import ProgramStore
 from csd_device.firmware.staging import Stager
 from csd_device.ftl import Ftl
 from csd_device.nand import Timeline
-from csd_device.nand.faults import FaultCounters, Surroundings
+from csd_device.nand.faults import FaultCounters, MediaSwitch, Surroundings
 from csd_protocol.status import Status
 
 U8 = npt.NDArray[np.uint8]
@@ -71,7 +71,7 @@ class Drive:
         Raises DriveRefused for media of another geometry or version, media or a window in use, and
         shared memory too small for the window.
         """
-        ftl = Ftl.open(media_path, config)
+        ftl = Ftl.open(media_path, config, lambda media, _: MediaSwitch(media))
         try:
             serial = _serial(media_path)
             path = window_path or SHARED_MEMORY / f"csd-window-{serial}"

@@ -16,7 +16,7 @@ from csd_device.errors import CommandError, DriveRefused, WindowGone
 from csd_device.fault_config import FaultsConfig
 from csd_device.ftl import Ftl
 from csd_device.nand import Timeline
-from csd_device.nand.faults import NO_SECTORS, FaultCounters, Surroundings, faulty
+from csd_device.nand.faults import NO_SECTORS, FaultCounters, MediaSwitch, Surroundings, faulty
 from csd_device.nand.media import I64
 from csd_protocol.status import Status
 
@@ -40,13 +40,14 @@ class FaultInjection:
     def __init__(
         self, config: DriveConfig, ftl: Ftl, timeline: Timeline | None, around: Surroundings
     ) -> None:
-        """`timeline` None: time is off, and slow dies are as fast as others.
+        """The FTL's media are a `MediaSwitch`; nothing is on before `apply`.
 
-        Nothing is on before `apply`.
+        `timeline` None: time is off, and slow dies are as fast as others.
         """
         self.faults = FaultsConfig()
+        assert isinstance(ftl.media, MediaSwitch)
         self._config, self._ftl, self._timeline = config, ftl, timeline
-        self._clean, self._around = ftl.media, around
+        self._media, self._around = ftl.media, around
         self._refusals_left: int | None = None  # of staging commands, before the window is back
 
     @property
@@ -78,7 +79,7 @@ class FaultInjection:
                 slow.dies if slow else (), slow.read_factor if slow else 1
             )
         self.faults = faults
-        self._ftl.media = faulty(self._clean, faults, self._around, lost)
+        self._media.put(faulty(self._media.clean, faults, self._around, lost))
 
     def change(self, data: bytes, window: Window) -> None:
         """What Set Features asks for. Raises CommandError (Invalid Field) naming the field."""

@@ -7,6 +7,8 @@
     program_failures  ProgramFailures
     erase_failures    EraseFailures
 
+    MediaSwitch(clean).put(media)            changes them while they are in use
+
 Slow dies belong to the timeline and the window's loss to the window; they have no decorator.
 """
 
@@ -20,6 +22,7 @@ from csd_device.fault_config import FaultsConfig
 from csd_device.nand.faults.bit_errors import BitErrorMedia
 from csd_device.nand.faults.decorator import I64, FaultCounters
 from csd_device.nand.faults.failures import EraseFailures, ProgramFailures
+from csd_device.nand.faults.switch import MediaSwitch
 from csd_device.nand.faults.unreadable import UnreadableMedia
 from csd_device.nand.media import Media
 from csd_device.nand.superblocks import Superblocks
@@ -65,6 +68,7 @@ __all__ = [
     "BitErrorMedia",
     "EraseFailures",
     "FaultCounters",
+    "MediaSwitch",
     "NO_SECTORS",
     "ProgramFailures",
     "Surroundings",

@@ -1,0 +1,1 @@
+"""Faults: decorators over clean media, each with a name and a seeded generator."""

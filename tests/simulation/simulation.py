@@ -12,7 +12,7 @@ import numpy as np
 from world import World
 
 COUNT_MAX = 40  # sectors of a command
-_POWER = 0.01  # of steps: power goes soon
+_POWER = 0.02  # of steps: power goes soon
 _OPERATIONS_MAX = 30  # until then
 
 

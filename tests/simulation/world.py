@@ -44,6 +44,11 @@ CHECKERS: tuple[type[Watching], ...] = (
 COPY_PIECE = 256  # sectors of a copy that are written at once; each is all or nothing
 _REPORTING = ("write", "deallocate", "write_zeroes", "deallocate_all", "flush")
 _ZERO = np.uint64(0)
+Around = Callable[[Media], Media]
+
+
+def _clean(media: Media) -> Media:
+    return media
 
 
 def small_drive() -> DriveConfig:
@@ -72,8 +77,10 @@ class World:
         config: DriveConfig | None = None,
         sectors: int | None = None,
         checkers: Sequence[type[Watching]] = CHECKERS,
-        below: Callable[[Media], Media] = lambda media: media,
+        below: Around = _clean,
+        above: Around = _clean,
     ) -> None:
+        """`below`: faults between the power and the cells; `above`: what a wrong FTL would do."""
         self.config = config or small_drive()
         self.sectors = sectors or self.config.capacity_sectors
         self.expected = Acknowledged(self.sectors)
@@ -81,7 +88,7 @@ class World:
         self.power_losses = self.stamp = 0
         self._rng = rng
         self._make = make
-        self._below = below  # faults between the power supply and the cells
+        self._below, self._above = below, above
         self._tables: Tables | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="csd-world-", dir=MEMORY))
         self._patch = pytest.MonkeyPatch()
@@ -224,17 +231,17 @@ class World:
             self.supply.go_off_at(goes_off_at)
         self.subject = self._make(self._folder / "d", self.config, self._wrap)
         ftl = self.subject.ftl
-        self._tables = Tables(ftl.table, getattr(ftl, "reverse", None), self._superblocks)
+        self._tables = Tables(ftl.table, getattr(ftl, "reverse", None), self.superblocks)
         self._listen(ftl)
         self._settled()
 
     def _wrap(self, media: Media, superblocks: Superblocks) -> Media:
-        self._superblocks = superblocks
+        self.superblocks = superblocks
         supplied = PowerLoss(self._below(media), self.supply)
         self._media = WatchedMedia(
             supplied, self.config.geometry, self.checkers, lambda: self._tables
         )
-        return self._media
+        return self._above(self._media)
 
     def _listen(self, ftl: Ftl) -> None:
         for name in _REPORTING:
@@ -252,11 +259,11 @@ class World:
 
     def _unplug(self) -> None:
         """The process is gone: files are closed, and locks with them; nothing is written."""
-        if self._tables:
+        if self._tables:  # what fails to open closes its media itself
             self.subject.abandon()
+            self._media.close()
         self._tables = None
         self._patch.undo()
-        self._media.close()
         self._files.close_all()
 
     def _values(self, lpn: int, count: int) -> Any:

@@ -46,11 +46,11 @@ class DriveAgainstDictionary(RuleBasedStateMachine):
     def write_zeroes(self, lpn: int, count: int) -> None:
         self.world.write_zeroes(lpn, min(count, SECTORS - lpn))
 
-    @rule(source=LPN, target=LPN, count=COUNT)
-    def copy(self, source: int, target: int, count: int) -> None:
-        count = min(count, SECTORS - max(source, target), abs(source - target))
+    @rule(source=LPN, to=LPN, count=COUNT)
+    def copy(self, source: int, to: int, count: int) -> None:
+        count = min(count, SECTORS - max(source, to), abs(source - to))
         if count:
-            self.world.copy(target, source, count)
+            self.world.copy(to, source, count)
 
     @rule(lpn=LPN, count=COUNT, is_equal=st.booleans())
     def compare(self, lpn: int, count: int, is_equal: bool) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from csd_device.errors import DriveRefused, WriteFault
 from csd_device.nand import FileMedia, Media, Pieces, RamMedia
+from csd_device.nand.faults.power_loss import PowerLoss, PowerSupply
 from csd_device.nand.media import U8
 
 SIZE = 1 << 20
@@ -44,6 +45,9 @@ MAKERS: dict[str, Callable[[Path], Media]] = {
     "ram": lambda folder: RamMedia(SIZE),
     "file": lambda folder: FileMedia(folder / "nand.img", SIZE),
     "decorated": lambda folder: Passing(RamMedia(SIZE)),
+    "on a power supply": lambda folder: PowerLoss(
+        RamMedia(SIZE), PowerSupply(np.random.default_rng(0))
+    ),
 }
 
 

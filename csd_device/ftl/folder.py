@@ -18,7 +18,7 @@ from csd_device.config import DriveConfig
 from csd_device.errors import DriveRefused
 
 FORMAT = "csd-media"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_NAME = "header.json"
 NAND_NAME = "nand.img"
 
@@ -119,12 +119,15 @@ def _check_header(path: Path, config: DriveConfig) -> None:
     if found is None:
         replace_file(path / HEADER_NAME, json.dumps(expected, indent=2).encode())
         return
+    remedies = {
+        "version": "Remove the folder and pack the models again, or use the version that made it",
+        "geometry": "Use the drive it was made with, or another folder",
+    }
     for field, title in (("version", "format version"), ("geometry", "geometry")):
         if found.get(field) != expected[field]:
             raise DriveRefused(
                 f"media folder {path} was made with {title} {found.get(field)}; "
-                f"this drive has {expected[field]}. "
-                "Use the drive it was made with, or another folder"
+                f"this drive has {expected[field]}. {remedies[field]}"
             )
     if found != expected:
         raise DriveRefused(

@@ -1,7 +1,7 @@
-"""Files of a media folder on a power supply: `os`, as the FTL's modules see it.
+"""Files of a media folder on a power supply: `os` as the FTL's modules see it, and `Path.open`.
 
-Whatever the FTL keeps in files it writes with functions of `os`; this stands in for that module.
-Every change of a file is an operation of the supply. A change since the file's last fsync may be
+Whatever the FTL keeps in files it writes with functions of `os` and with methods of Path; this
+stands in for both. Every change of a file is an operation of the supply. A change since the file's last fsync may be
 lost when power goes (of what was appended, any part of the end), and so may a rename since the last
 fsync of its folder. Reading costs nothing and is never cut.
 """
@@ -11,12 +11,50 @@ import pkgutil
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 import csd_device.ftl
 from csd_device.nand.faults.power_loss import PowerSupply
+
+_FLAGS = {
+    "wb": os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+    "xb": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+    "ab": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+    "r+b": os.O_RDWR,
+}
+
+
+class CutStream:
+    """An unbuffered file that was opened for writing."""
+
+    def __init__(self, files: "CutFiles", file: int) -> None:
+        self._files = files
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._files.write(self._file, rest) :]
+        return len(data)
+
+    def seek(self, offset: int) -> int:
+        return os.lseek(self._file, offset, os.SEEK_SET)
+
+    def tell(self) -> int:
+        return os.lseek(self._file, 0, os.SEEK_CUR)
+
+    def flush(self) -> None: ...
+
+    def fileno(self) -> int:
+        return self._file
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close(self._file)
 
 
 class CutFiles:
@@ -38,6 +76,12 @@ class CutFiles:
         file = os.open(path, flags, mode)
         self._paths[file] = Path(path)
         return file
+
+    def open_path(self, path: Path, mode: str = "r", *arguments: Any, **words: Any) -> Any:
+        """Path.open; what writes has to be binary."""
+        if mode.startswith("r") and "+" not in mode:
+            return open(path, mode, *arguments, **words)
+        return CutStream(self, self.open(path, _FLAGS[mode], 0o644))
 
     def close(self, file: int) -> None:
         self._paths.pop(file, None)
@@ -101,21 +145,26 @@ class CutFiles:
     def _lose(self, rate: float) -> None:
         for path, synced in self._synced.items():
             if self._supply.losses(1, rate)[0]:
-                path.write_bytes(self._left_of(path.read_bytes(), synced))
+                _put(path, self._left_of(path.read_bytes(), synced))
         self._synced.clear()
         while self._renames and self._supply.losses(1, rate)[0]:
             target, before, source, content = self._renames.pop()
-            source.write_bytes(content)
+            _put(source, content)
             if before is None:
                 target.unlink()
             else:
-                target.write_bytes(before)
+                _put(target, before)
         self._renames.clear()
 
     def _left_of(self, changed: bytes, synced: bytes) -> bytes:
         if not changed.startswith(synced):
             return synced
         return changed[: len(synced) + self._supply.part_of(len(changed) - len(synced))]
+
+
+def _put(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
 
 
 def modules_with_files() -> list[ModuleType]:
@@ -130,4 +179,6 @@ def plug_files(patch: pytest.MonkeyPatch, supply: PowerSupply) -> CutFiles:
     files = CutFiles(supply)
     for module in modules_with_files():
         patch.setattr(module, "os", files)
+    patch.setattr(Path, "open", lambda path, *rest, **words: files.open_path(path, *rest, **words))
+    patch.setattr(Path, "replace", lambda path, target: files.replace(path, target))
     return files

@@ -44,6 +44,8 @@ class Subject(Protocol):
 
     def flush(self) -> None: ...
 
+    def idle(self, sectors: int) -> None: ...
+
     def close(self) -> None: ...
 
     def abandon(self) -> None:
@@ -55,6 +57,7 @@ class SimulatedFtl:
 
     def __init__(self, folder: Path, config: DriveConfig, wrap: Wrap) -> None:
         self.ftl = Ftl.open(folder, config, wrap)
+        self._now_ns = 0
 
     def write(self, lpn: int, data: bytes, fua: bool) -> None:
         self.ftl.write(lpn, data, fua=fua)
@@ -78,6 +81,11 @@ class SimulatedFtl:
 
     def flush(self) -> None:
         self.ftl.flush()
+
+    def idle(self, sectors: int) -> None:
+        self._now_ns += 1_000_000_000
+        self.ftl.pass_time(self._now_ns)
+        self.ftl.work_idle(sectors)
 
     def close(self) -> None:
         self.ftl.close()
@@ -133,6 +141,10 @@ class SimulatedController:
 
     def flush(self) -> None:
         self._perform(c.Flush())
+
+    def idle(self, sectors: int) -> None:
+        self._drive.clock.advance_to(self._drive.clock.now_ns() + 1_000_000_000)
+        self.ftl.work_idle(sectors)
 
     def close(self) -> None:
         self._is_closed = True

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from world import World
 
-COUNT_MAX = 40  # sectors of a command
+COUNT_MAX = 48  # sectors of a command
 _POWER = 0.02  # of steps: power goes soon
 _OPERATIONS_MAX = 30  # until then
 
@@ -30,6 +30,7 @@ class Simulation:
             self._copy: 5,
             self._compare: 4,
             world.flush: 10,
+            self._idle: 4,
             world.lose_power: 1,
             world.restart: 1,
         }
@@ -65,6 +66,9 @@ class Simulation:
     def _compare(self) -> None:
         lpn, count = self._range()
         self._world.compare(lpn, count, is_equal=bool(self._rng.random() < 0.5))
+
+    def _idle(self) -> None:
+        self._world.idle(int(self._rng.integers(1, 64)))
 
     def _range(self) -> tuple[int, int]:
         sectors = self._world.sectors

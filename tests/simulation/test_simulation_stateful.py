@@ -24,8 +24,8 @@ class DriveAgainstDictionary(RuleBasedStateMachine):
     def switch_on(self, seed: int, is_full: bool) -> None:
         self.world = World(np.random.default_rng(seed), self.make)
         if is_full:  # whatever is written now needs room that has to be made
-            for lpn in range(0, self.world.sectors, 128):
-                self.world.write(lpn, 128)
+            for lpn in range(0, self.world.sectors, 64):
+                self.world.write(lpn, 64)
 
     @rule(lpn=LPN, count=COUNT, fua=st.booleans())
     def write(self, lpn: int, count: int, fua: bool) -> None:
@@ -63,6 +63,10 @@ class DriveAgainstDictionary(RuleBasedStateMachine):
     @rule()
     def flush(self) -> None:
         self.world.flush()
+
+    @rule(sectors=st.integers(1, 64))
+    def idle(self, sectors: int) -> None:
+        self.world.idle(sectors)
 
     @rule()
     def restart(self) -> None:

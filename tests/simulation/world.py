@@ -26,7 +26,7 @@ from valid_checker import ValidChecker
 from watched_media import WatchedMedia
 
 from csd_device.config import SECTOR_BYTES, DriveConfig, load_config
-from csd_device.errors import CapacityExceeded, CommandError
+from csd_device.errors import CommandError
 from csd_device.ftl import Ftl
 from csd_device.nand.faults.power_loss import PowerCut, PowerLoss, PowerSupply
 from csd_device.nand.media import Media
@@ -42,7 +42,8 @@ CHECKERS: tuple[type[Watching], ...] = (
     FreedChecker,
 )
 COPY_PIECE = 256  # sectors of a copy that are written at once; each is all or nothing
-_REPORTING = ("write", "deallocate", "write_zeroes", "deallocate_all", "flush")
+REFUSALS = {Status.CAPACITY_EXCEEDED, Status.WRITE_PROTECTED}  # nothing changed
+_REPORTING = ("write", "deallocate", "write_zeroes", "deallocate_all", "flush", "work_idle")
 _ZERO = np.uint64(0)
 Around = Callable[[Media], Media]
 
@@ -52,19 +53,19 @@ def _clean(media: Media) -> Media:
 
 
 def small_drive() -> DriveConfig:
-    """24 superblocks of 8 pages of 4 sectors: 3 MiB of NAND, 2 MiB for the host."""
-    tiny = load_config("tiny")
-    geometry = tiny.geometry.model_copy(
-        update={
-            "channels": 2,
-            "dies_per_channel": 1,
-            "planes_per_die": 2,
-            "blocks_per_plane": 24,
-            "pages_per_block": 2,
-        }
-    )
-    dram = tiny.dram.model_copy(update={"window_bytes": 1 << 16, "unit_cache_bytes": 1 << 16})
-    return tiny.model_copy(update={"geometry": geometry, "dram": dram})
+    """24 superblocks of 8 pages of 4 sectors: 3 MiB of NAND, 2 MiB for the host, 3 spares."""
+    drive = load_config("tiny").model_dump()
+    drive["geometry"] |= {
+        "channels": 2,
+        "dies_per_channel": 1,
+        "planes_per_die": 2,
+        "blocks_per_plane": 24,
+        "pages_per_block": 2,
+    }
+    drive["dram"] |= {"window_bytes": 1 << 16, "unit_cache_bytes": 1 << 16}
+    drive["queues"] |= {"mdts_bytes": 256 << 10}
+    drive["ftl"] |= {"over_provisioning": 0.33}
+    return DriveConfig.model_validate(drive)
 
 
 class World:
@@ -77,18 +78,19 @@ class World:
         config: DriveConfig | None = None,
         sectors: int | None = None,
         checkers: Sequence[type[Watching]] = CHECKERS,
-        below: Around = _clean,
+        faults: Around = _clean,
         above: Around = _clean,
     ) -> None:
-        """`below`: faults between the power and the cells; `above`: what a wrong FTL would do."""
+        """`faults` are around media on a power supply; `above` is what a wrong FTL would do."""
         self.config = config or small_drive()
         self.sectors = sectors or self.config.capacity_sectors
         self.expected = Acknowledged(self.sectors)
         self.checkers: list[Checker] = [kind(self.config.geometry) for kind in checkers]
         self.power_losses = self.stamp = 0
+        self.refusals: list[Status] = []
         self._rng = rng
         self._make = make
-        self._below, self._above = below, above
+        self._faults, self._above = faults, above
         self._tables: Tables | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="csd-world-", dir=MEMORY))
         self._patch = pytest.MonkeyPatch()
@@ -140,6 +142,10 @@ class World:
         if self._perform(lambda: self.subject.flush()):
             self.expected.flushed()
 
+    def idle(self, sectors: int) -> None:
+        """The drive has time to move so many sectors."""
+        self._perform(lambda: self.subject.idle(sectors))
+
     # ---- what becomes of the drive -----------------------------------------------------------
 
     def restart(self) -> None:
@@ -184,10 +190,12 @@ class World:
         try:
             acknowledged = self._perform(act)
         except CommandError as error:
-            if not (isinstance(error, CapacityExceeded) or _is_capacity(error)):
+            if error.status not in REFUSALS:
                 raise
+            self.refusals.append(error.status)
             for change in changes:
                 self.expected.withdraw(change)
+            self._settled()
             return
         if acknowledged:
             for change in changes:
@@ -237,9 +245,9 @@ class World:
 
     def _wrap(self, media: Media, superblocks: Superblocks) -> Media:
         self.superblocks = superblocks
-        supplied = PowerLoss(self._below(media), self.supply)
+        faulty = self._faults(PowerLoss(media, self.supply))
         self._media = WatchedMedia(
-            supplied, self.config.geometry, self.checkers, lambda: self._tables
+            faulty, self.config.geometry, self.checkers, lambda: self._tables
         )
         return self._above(self._media)
 
@@ -271,10 +279,6 @@ class World:
         torn = np.flatnonzero((words != words[:, :1]).any(axis=1))
         _require(not torn.size, f"sectors {lpn + torn[:8]} are mixtures")
         return words[:, 0].copy()
-
-
-def _is_capacity(error: CommandError) -> bool:
-    return error.status is Status.CAPACITY_EXCEEDED
 
 
 def _require(condition: object, detail: str) -> None:

@@ -102,8 +102,9 @@ class PowerLoss:
     def erase(self, start: int, length: int) -> None:
         whole = self._supply.begin()
         done = length if whole else self._supply.part_of(length // SECTOR_BYTES) * SECTOR_BYTES
-        self._remember(start, done)
-        self._inner.erase(start, done)
+        if done:
+            self._remember(start, done)
+            self._inner.erase(start, done)
         if not whole:
             self._supply.go_off()
 

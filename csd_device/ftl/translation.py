@@ -352,9 +352,13 @@ class Ftl:
             self._commit()
             self._checkpoint(is_clean=True)
         finally:
-            self._journal.close()
-            self._media.close()
-            self._folder.close()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Gives the folder back as it is: what a loss of power leaves."""
+        self._journal.close()
+        self._media.close()
+        self._folder.close()
 
     # ---- room --------------------------------------------------------------------------------
 

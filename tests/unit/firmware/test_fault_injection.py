@@ -1,5 +1,6 @@
 """Faults of a running drive: set by Set Features, seen in statuses, times and counters."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from csd_device.service.endpoint import Endpoint
 from csd_protocol.opcodes import Feature
 from csd_protocol.packed import Role
 from csd_protocol.status import Status
-from host_client.driver import CommandFailed
+from host_client.driver import CommandFailed, DriveLost, DriveUnavailable
 from host_client.driver import Drive as HostDrive
 from host_client.driver.link import InProcessLink
 
@@ -346,3 +347,45 @@ def test_a_drive_whose_faults_are_nowhere_does_not_open(tmp_path: Path) -> None:
     with pytest.raises(DriveRefused, match=r"\[faults\] of tiny: .*LBA Out of Range"):
         open_at(tmp_path, with_faults(unreadable={"lbas": [[1 << 30, 1]]}))
     open_at(tmp_path, TINY).close()
+
+
+# ---- power -----------------------------------------------------------------------------------
+
+
+def test_a_drive_without_power_answers_nothing_until_it_is_opened_again(tmp_path: Path) -> None:
+    drive = open_at(tmp_path, TINY)
+    link = InProcessLink(Endpoint(drive))
+    host = HostDrive(link)
+    flushed, torn = bytes([1]) * 8192, bytes([2]) * 8192
+    host.write(0, flushed)
+    host.flush()
+    host.set_faults("power_loss", {"after_operations": 1})
+    host.write(8192, torn)
+    with pytest.raises(DriveLost):
+        host.flush()
+    assert drive.is_off
+    with pytest.raises(DriveLost):
+        host.faults()
+    with pytest.raises(DriveUnavailable):
+        host.reconnect()
+    drive.close()
+    again = open_at(tmp_path, TINY)
+    host = HostDrive(InProcessLink(Endpoint(again)))
+    assert host.read(0, 8192) == flushed
+    assert host.read(8192, 8192) in (torn, bytes(8192))
+    assert host.faults()["power_loss"] is None
+    host.write(8192, torn)
+    host.flush()
+    again.close()
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_drive_that_closes_without_power_opens_again(tmp_path: Path, after: int) -> None:
+    drive = open_at(tmp_path, with_faults(power_loss={"after_operations": after}))
+    with contextlib.suppress(DriveLost):
+        HostDrive(InProcessLink(Endpoint(drive))).write(0, bytes([7]) * 4096)
+    drive.close()
+    again = open_at(tmp_path, TINY)
+    found = HostDrive(InProcessLink(Endpoint(again))).read(0, 4096)
+    assert found in (bytes(4096), bytes([7]) * 4096)
+    again.close()

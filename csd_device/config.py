@@ -11,7 +11,7 @@ import tomllib
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,7 @@ from csd_protocol.units import MIB, format_size, parse_size
 SECTOR_BYTES = 4096  # one logical block, one mapping entry, one ECC codeword
 MAPPING_ENTRY_BYTES = 4
 MAPPING_ENTRIES_MAX = (1 << 32) - 2
+WORKING_SUPERBLOCKS = 4  # beside the data: one open for each write stream, one to collect into
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -278,6 +279,10 @@ class FtlConfig(_Section):
     """Flash translation layer."""
 
     over_provisioning: Annotated[float, Field(gt=0, lt=1)]  # of raw NAND, kept from the host
+    gc_policy: Literal["greedy", "cost-benefit", "weights"] = "weights"  # see docs/FTL.md
+    wear_spread: NonNegative = 64  # erases, most less least, before cold data moves; 0: never
+    reclaim_reads: NonNegative = 100_000  # page reads of a block before its data moves; 0: never
+    reclaim_days: NonNegative = 90  # powered-on age of data before it moves; 0: never
 
 
 class Queues(_Section):
@@ -324,6 +329,14 @@ class DriveConfig(_Section):
     def mapping_bytes(self) -> int:
         """On-drive DRAM of the L2P table."""
         return self.capacity_sectors * MAPPING_ENTRY_BYTES
+
+    @property
+    def spare_superblocks(self) -> int:
+        """Superblocks that may go bad before the drive is read-only; below zero: too few of all."""
+        geometry = self.geometry
+        holding = -(-self.capacity_sectors // geometry.sectors_per_superblock)
+        command = -(-self.queues.mdts_bytes // geometry.superblock_bytes)
+        return geometry.blocks_per_plane - holding - WORKING_SUPERBLOCKS - (command - 1)
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:
@@ -372,10 +385,11 @@ class DriveConfig(_Section):
 
     def _check_spare(self) -> None:
         spare = self.geometry.raw_bytes - self.capacity_bytes
-        if spare < 2 * self.geometry.superblock_bytes or self.capacity_sectors == 0:
+        if self.spare_superblocks < 0 or self.capacity_sectors == 0:
             raise ValueError(
-                f"over-provisioning leaves {format_size(spare)} spare; two superblocks of "
-                f"{format_size(self.geometry.superblock_bytes)} are the least"
+                f"over-provisioning leaves {format_size(spare)} spare; {WORKING_SUPERBLOCKS} "
+                f"superblocks of {format_size(self.geometry.superblock_bytes)}, and one command's "
+                "data, are the least. Raise over_provisioning, or make superblocks smaller"
             )
 
 

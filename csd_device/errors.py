@@ -73,15 +73,15 @@ class LbaOutOfRange(CommandError):
 
 
 class CapacityExceeded(CommandError):
-    """A write that finds no erased superblock."""
+    """A write that garbage collection cannot make room for."""
 
     def __init__(self, asked_bytes: int, free_bytes: int, valid_bytes: int, raw_bytes: int) -> None:
         super().__init__(
             Status.CAPACITY_EXCEEDED,
             f"a write of {format_size(asked_bytes)} does not fit: {format_size(free_bytes)} of "
-            f"{format_size(raw_bytes)} NAND are erased, {format_size(valid_bytes)} hold valid data "
-            "and the rest is stale data in superblocks that are not wholly invalid. "
-            "Deallocate or format",
+            f"{format_size(raw_bytes)} NAND are erased, {format_size(valid_bytes)} hold valid "
+            "data, and a write needs room beside the data that it replaces. "
+            "Write less at once, or deallocate",
         )
 
 
@@ -91,6 +91,17 @@ class WriteFault(CommandError):
     def __init__(self, detail: str, address: int | None = None) -> None:
         super().__init__(Status.WRITE_FAULT, detail)
         self.address = address
+
+
+class WriteProtected(CommandError):
+    """A change to a drive that has become read-only."""
+
+    def __init__(self, bad: int, spares: int) -> None:
+        super().__init__(
+            Status.WRITE_PROTECTED,
+            f"{bad} superblocks went bad and {spares} were spare: the drive is read-only. "
+            "Read what you need and replace it",
+        )
 
 
 class UnrecoveredRead(CommandError):

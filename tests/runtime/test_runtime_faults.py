@@ -85,10 +85,7 @@ class DamagingReader:
         self._damage.strike(self.path, extents)
         self._inner.read(extents)
 
-    def __enter__(self) -> "DamagingReader":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         self._inner.close()
 
 

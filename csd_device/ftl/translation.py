@@ -21,18 +21,24 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_device.config import SECTOR_BYTES, DriveConfig
-from csd_device.errors import CapacityExceeded, DriveRefused, LbaOutOfRange, WriteProtected
+from csd_device.errors import (
+    CapacityExceeded,
+    DriveRefused,
+    LbaOutOfRange,
+    UnrecoveredRead,
+    WriteProtected,
+)
 from csd_device.ftl.changes import Changes, EventKind
 from csd_device.ftl.checkpoint import Checkpoint, Progress
 from csd_device.ftl.collector import Collector
 from csd_device.ftl.folder import MediaFolder
 from csd_device.ftl.journal import Journal
-from csd_device.ftl.mapping import cut_units, pages_of
+from csd_device.ftl.mapping import cut_units, lpns_of, pages_of
 from csd_device.ftl.placement import NO_POINTER, Placement, Stream, SuperblockRetired
 from csd_device.ftl.programs import PagePrograms, Work
 from csd_device.ftl.recovery import Recovered, checkpoint_arrays, recover
 from csd_device.ftl.two_way_map import TwoWayMap
-from csd_device.nand.media import FileMedia, Media, Pieces
+from csd_device.nand.media import FileMedia, Media, Pieces, Retries
 from csd_device.nand.superblocks import Superblocks, SuperblockState
 
 U8 = npt.NDArray[np.uint8]
@@ -42,6 +48,7 @@ I64 = npt.NDArray[np.int64]
 COMMIT_ROWS = 4096  # of changes held in memory before they are committed unasked
 CHECKPOINT_BYTES = 16 << 20  # of journal, before a checkpoint replaces it
 READS_STEP = 1024  # page reads of a superblock that a crash may forget
+LBAS_NAMED_MAX = 8  # in a message
 
 Wrap = Callable[[Media, Superblocks], Media]
 
@@ -51,11 +58,13 @@ class PageReads:
     """Pages that a read touches, each once, and the bytes that leave each.
 
     `extra_ns` is what the array takes longer for each than tR (read retries); None: nothing.
+    `retries` is the same by sector, for who asks again for some of them.
     """
 
     ppns: I64
     transfer_bytes: I64
     extra_ns: I64 | None = None
+    retries: Retries | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +163,7 @@ class Ftl:
     def read_units(self, offsets_bytes: I64, unit_bytes: int, out: U8) -> PageReads:
         """Gathers units into `out` [n, unit_bytes], contiguous.
 
-        Raises LbaOutOfRange, and what the media raises (UnrecoveredRead).
+        Raises LbaOutOfRange, and UnrecoveredRead with the lost LBAs and `rows`.
         """
         assert out.shape == (offsets_bytes.size, unit_bytes)
         if not out.size:
@@ -163,17 +172,51 @@ class Ftl:
         flat = out.reshape(-1)
         pieces = cut_units(self._table, offsets_bytes, unit_bytes, flat)
         columns = np.ascontiguousarray(pieces.T)
-        self._media.gather(Pieces(columns[0], columns[1], columns[2]), flat)
-        return PageReads(*pages_of(pieces, self._geometry.sectors_per_page))
+        try:
+            retries = self._media.gather(Pieces(columns[0], columns[1], columns[2]), flat)
+        except UnrecoveredRead as error:
+            raise self._located(error, offsets_bytes, unit_bytes) from None
+        per_page = self._geometry.sectors_per_page
+        ppns, sizes = pages_of(pieces, per_page)
+        self._superblocks.count_reads(ppns, self._geometry.pages_per_superblock)
+        return PageReads(ppns, sizes, _by_page(retries, ppns, per_page), retries)
+
+    def _located(self, error: UnrecoveredRead, offsets: I64, unit_bytes: int) -> UnrecoveredRead:
+        """The same error with the LBAs and the rows of the read that it means."""
+        if error.psas is None:
+            return error
+        lpns, units = lpns_of(offsets, unit_bytes)
+        is_lost = np.isin(self._table[lpns].astype(np.int64) - 1, error.psas)
+        lost = np.unique(lpns[is_lost])
+        named = ", ".join(str(lpn) for lpn in lost[:LBAS_NAMED_MAX].tolist())
+        more = f" and {lost.size - LBAS_NAMED_MAX} more" if lost.size > LBAS_NAMED_MAX else ""
+        detail = f"{'LBA' if lost.size == 1 else 'LBAs'} {named}{more} ({error.detail})"
+        return UnrecoveredRead(detail, error.psas, np.unique(units[is_lost]))
+
+    def psas_of(self, lpn: int, count: int) -> I64:
+        """The physical sectors of these logical ones, ascending; those not mapped have none."""
+        self._check_range(lpn, count)
+        entries = self._table[lpn : lpn + count].astype(np.int64)
+        return np.sort(entries[entries > 0] - 1)
+
+    @property
+    def superblocks(self) -> Superblocks:
+        return self._superblocks
+
+    @property
+    def media(self) -> Media:
+        """The cells; setting it puts the same cells behind other decorators."""
+        return self._media
+
+    @media.setter
+    def media(self, media: Media) -> None:
+        assert media.size_bytes == self._media.size_bytes
+        self._media = self._placement.media = self._collector.media = media
 
     def is_mapped(self, lpn: int, count: int) -> npt.NDArray[np.bool_]:
         """Which of these sectors hold data [count]."""
         self._check_range(lpn, count)
         return np.not_equal(self._table[lpn : lpn + count], 0)
-
-    @property
-    def superblocks(self) -> Superblocks:
-        return self._superblocks
 
     @property
     def table(self) -> U32:
@@ -447,3 +490,13 @@ class Ftl:
         if start < 0 or end > self.capacity_sectors * SECTOR_BYTES:
             first = start // SECTOR_BYTES
             raise LbaOutOfRange(first, -(-end // SECTOR_BYTES) - first, self.capacity_sectors)
+
+
+def _by_page(retries: Retries | None, ppns: I64, sectors_per_page: int) -> I64 | None:
+    """What each page [n], ascending, takes longer: its slowest sector."""
+    if retries is None:
+        return None
+    extra_ns = np.zeros(ppns.size, np.int64)
+    pages = np.searchsorted(ppns, retries.psas // sectors_per_page)
+    np.maximum.at(extra_ns, pages, retries.extra_ns)
+    return extra_ns

@@ -200,6 +200,10 @@ class Ftl:
         return np.sort(entries[entries > 0] - 1)
 
     @property
+    def superblocks(self) -> Superblocks:
+        return self._superblocks
+
+    @property
     def media(self) -> Media:
         """The cells, as they were wrapped."""
         return self._media

@@ -196,7 +196,7 @@ class Stager:
         try:
             reads = self._ftl.read_units(offsets, site.unit_bytes, data)
         except UnrecoveredRead as error:
-            reads, unread = self._read_apart(offsets, data)
+            reads, unread = self._read_apart(offsets, data, error)
             lost = unread | (crc32c_units(data) != site.crcs[units])
             status, why = error.status, error.detail
         else:
@@ -214,14 +214,16 @@ class Stager:
             return reads
         raise PieceUnreadable(status, why, _by_copy(site, units, lost, copies), reads)
 
-    def _read_apart(self, offsets: I64, data: U8) -> tuple[PageReads, Flags]:
+    def _read_apart(
+        self, offsets: I64, data: U8, first: UnrecoveredRead
+    ) -> tuple[PageReads, Flags]:
         """Reads all that can be read of units that cannot all be, and which those are [n].
 
         The media says which rows are lost where it knows; else halves are tried, down to one unit.
         """
         unread = np.zeros(offsets.size, np.bool_)
         reads = [_NO_READS]
-        left = [np.arange(offsets.size)]
+        left = _parts_left(np.arange(offsets.size), first, unread)
         while left:
             rows = left.pop()
             part = np.empty((rows.size, data.shape[1]), np.uint8)
@@ -229,13 +231,7 @@ class Stager:
                 reads.append(self._ftl.read_units(offsets[rows], data.shape[1], part))
                 data[rows] = part
             except UnrecoveredRead as error:
-                if error.rows is not None and error.rows.size:
-                    unread[rows[error.rows]] = True
-                    left.append(np.delete(rows, error.rows))
-                elif rows.size == 1:
-                    unread[rows] = True
-                else:
-                    left.extend(np.array_split(rows, 2))
+                left += _parts_left(rows, error, unread)
         return _joined(reads), unread
 
     def _survey(
@@ -325,6 +321,17 @@ def _copies_of(site: SiteRecord, target: Target, units: U32) -> I64 | None:
     for part in target.elsewhere:
         copies[np.isin(units, _named(site, part.units))] = part.copy
     return copies
+
+
+def _parts_left(rows: I64, error: UnrecoveredRead, unread: Flags) -> list[I64]:
+    """What of these rows to read next; those that the error gives up are marked in `unread`."""
+    if error.rows is not None and error.rows.size:
+        unread[rows[error.rows]] = True
+        return [np.delete(rows, error.rows)]
+    if rows.size == 1:
+        unread[rows] = True
+        return []
+    return list(np.array_split(rows, 2))
 
 
 def _by_copy(site: SiteRecord, units: U32, lost: Flags, copies: I64 | None) -> list[LostUnits]:

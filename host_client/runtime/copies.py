@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_protocol.packed import PackedModel, Site
-from host_client.driver import CommandFailed, Drive, DriveError, PendingCommand, Staged, StageTarget
+from host_client.driver import CommandFailed, Drive, PendingCommand, Staged, StageTarget
 from host_client.model.catalog import read_crc_table
 from host_client.model.errors import DamagedRecord
 
@@ -28,20 +28,26 @@ _NAMED_MAX = 8  # units of a site that a message lists
 Send = Callable[[Sequence[StageTarget], Sequence[int]], PendingCommand[Staged]]
 
 
-class UnitsLost(DriveError):
-    """Units that no copy of a model has any more. `lost`: by site, ascending."""
+class UnitsLost(CommandFailed):
+    """A command failed for good: no copy of the model has these units. By site, ascending."""
 
-    def __init__(self, model: PackedModel, lost: Mapping[Site, U32], why: str) -> None:
+    def __init__(
+        self, model: PackedModel, units: Mapping[Site, U32], failed: CommandFailed
+    ) -> None:
+        super().__init__(
+            failed.what, failed.sct, failed.sc, failed.detail, failed.retryable, failed.lost
+        )
         self.model = model.name
-        self.lost = dict(lost)
-        where = "; ".join(_named(site, units) for site, units in lost.items())
+        self.units = dict(units)
+        where = "; ".join(_named(site, numbers) for site, numbers in units.items())
         copies = "its only copy" if model.copies == 1 else f"all of its {model.copies} copies"
         more = " --copies 2" if model.copies == 1 else ""
-        super().__init__(
+        text = (
             f"{model.name} has lost {where}: unreadable in {copies} on the drive. What the drive "
-            f"said: {why}. Pack it again with --replace{more}; `csd verify {model.name}` lists all "
-            f"damage"
+            f"said: {failed}. Pack it again with --replace{more}; `csd verify {model.name}` lists "
+            f"all damage"
         )
+        self.args = (text,)
 
 
 def _named(site: Site, units: U32) -> str:
@@ -109,7 +115,7 @@ class Copies:
                     copies[units] = 0  # nothing is left to try: whoever asks again starts over
                     gone[site] = units
         if gone:
-            raise UnitsLost(self._model, gone, str(failed))
+            raise UnitsLost(self._model, gone, failed)
 
     def _aim(self, target: StageTarget) -> StageTarget:
         copies = self._copy_of.get(target.site)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from csd_protocol.crc32c import crc32c_units
 from csd_protocol.packed import PackedModel, Site
+from csd_protocol.status import Status
 from host_client.driver import CommandFailed, Drive
 from host_client.model.catalog import read_units
 from host_client.runtime.copies import UnitsLost, read_checksums
@@ -52,7 +53,7 @@ class PlainReads:
                 values[unit], bad[unit] = again[0], still[0]
         if bad.any():
             lost = np.flatnonzero(bad).astype(np.uint32)
-            raise UnitsLost(self._model, {site: lost}, "unreadable, or with another CRC32C")
+            raise UnitsLost(self._model, {site: lost}, _unlike(site))
         return values
 
     def verify(self, progress: Progress) -> list[Damage]:
@@ -105,3 +106,10 @@ class PlainReads:
         rows = values.reshape(values.shape[0], -1).view(np.uint8)
         differs: Flags = crc32c_units(rows) != expected
         return differs
+
+
+def _unlike(site: Site) -> CommandFailed:
+    """The failure of reads that brought no bytes, or others than were packed."""
+    status = Status.GUARD_CHECK
+    detail = "no bytes, or others than their CRC32C says"
+    return CommandFailed(f"Read of {site.name}", status.sct, status.sc, detail, retryable=False)

@@ -59,12 +59,12 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Flash:
     made = Flash()
     genuine = Ftl.open
 
-    def wrap(media: Any, _: Any) -> Any:
-        made.media.append(Lossy(media))
-        return made.media[-1]
+    def open_lossy(directory: Any, config: Any, wrap: Any) -> Ftl:
+        def wrap_lossy(media: Any, superblocks: Any) -> Any:
+            made.media.append(Lossy(media))
+            return wrap(made.media[-1], superblocks)
 
-    def open_lossy(directory: Any, config: Any) -> Ftl:
-        made.ftls.append(genuine(directory, config, wrap=wrap))
+        made.ftls.append(genuine(directory, config, wrap_lossy))
         return made.ftls[-1]
 
     monkeypatch.setattr(Ftl, "open", open_lossy)
@@ -149,7 +149,7 @@ def test_what_no_copy_has_stops_the_run_by_name_and_nothing_stays_leased(
         flash.lose(model.csd.packed, Role.FFN, 2, 77, copy)
     with pytest.raises(UnitsLost) as stopped:
         greedy(model, ids)
-    ((site, units),) = stopped.value.lost.items()
+    ((site, units),) = stopped.value.units.items()
     assert (stopped.value.model, site.name) == (NAME, "layers.2.ffn")
     assert 77 in units
     said = str(stopped.value)
@@ -161,6 +161,20 @@ def test_what_no_copy_has_stops_the_run_by_name_and_nothing_stays_leased(
     assert lab.leases == 0
     flash.heal()
     assert greedy(model, ids) == greedy(lab.zoo.dense(NAME), ids)
+
+
+def test_bit_errors_beyond_the_code_change_no_token(make_lab, tokens_of, greedy) -> None:
+    """Every sector takes retries at this rate, and some are lost in the one or the other copy."""
+    lab = make_lab(copies=2)
+    model = lab.open(NAME, lab.budget(NAME, 0.0))
+    ids = tokens_of(lab, NAME, 5)
+    model.csd.engine.abandon()
+    lab.drive.set_faults("bit_errors", {"rate": 0.132}, seed=3)
+    assert greedy(model, ids) == greedy(lab.zoo.dense(NAME), ids)
+    assert model.csd.copies.recovered_units > 0
+    counters = lab.drive.faults()["counters"]
+    assert min(counters["retried_sectors"], counters["uncorrectable_sectors"]) > 0
+    lab.drive.clear_faults()
 
 
 def test_a_kept_fraction_is_the_same_with_lost_units(

@@ -171,7 +171,7 @@ def test_bytes_changed_in_the_nand_are_the_drives_to_find(
         flip(lab.image, place)
         with pytest.raises(UnitsLost, match=rf"lost unit {unit} of {site.name}.*2/82h") as error:
             run(lab, model, tokens_of)
-        assert {lost.name: units.tolist() for lost, units in error.value.lost.items()} == {
+        assert {lost.name: units.tolist() for lost, units in error.value.units.items()} == {
             site.name: [unit]
         }
         flip(lab.image, place)

@@ -27,7 +27,7 @@ class LossyMedia:
 
     inner: Media
     lost: set[int] = field(default_factory=set)  # PSAs
-    failures: int = 0
+    named: bool = True  # whether an error says which
 
     @property
     def size_bytes(self) -> int:
@@ -38,8 +38,8 @@ class LossyMedia:
             touched = range(start // SECTOR, (start + length - 1) // SECTOR + 1)
             bad = sorted(self.lost.intersection(touched))
             if bad:
-                self.failures += 1
-                raise UnrecoveredRead(f"sector {bad[0]} cannot be read", np.array(bad[:1]))
+                psas = np.array(bad[:1]) if self.named else None
+                raise UnrecoveredRead(f"sector {bad[0]} cannot be read", psas)
         return self.inner.gather(pieces, out)
 
     def write(self, start: int, data: np.ndarray) -> None:
@@ -92,12 +92,12 @@ def lab(open_drive, make_host, packed_twice, monkeypatch) -> Lab:
     opened: list[Ftl] = []
     genuine = Ftl.open
 
-    def wrap(media: Media, _: Any) -> Media:
-        made.append(LossyMedia(media))
-        return made[-1]
+    def open_lossy(directory: Any, config: Any, wrap: Any) -> Ftl:
+        def wrap_lossy(media: Media, superblocks: Any) -> Media:
+            made.append(LossyMedia(media))
+            return wrap(made[-1], superblocks)
 
-    def open_lossy(directory: Any, config: Any) -> Ftl:
-        opened.append(genuine(directory, config, wrap=wrap))
+        opened.append(genuine(directory, config, wrap_lossy))
         return opened[-1]
 
     monkeypatch.setattr(Ftl, "open", open_lossy)
@@ -115,13 +115,12 @@ def lost_of(completion: c.Completion) -> dict[tuple[int, int], set[int]]:
     return {(part.site, part.copy): set(part.units.tolist()) for part in completion.result.lost}
 
 
-@pytest.mark.parametrize("rows_known", [False, True])
-def test_a_command_names_all_that_it_cannot_read(lab, monkeypatch, rows_known: bool) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_a_command_names_all_that_it_cannot_read(lab, named: bool) -> None:
     first, kv, second = (
         lab.packed.find(role, layer) for role, layer in ((Role.FFN, 0), (Role.KV, 0), (Role.FFN, 1))
     )
-    if rows_known:
-        name_rows(lab, monkeypatch)
+    lab.media.named = named
     expected = {
         (first, 0): lab.lose(first, 3) | lab.lose(first, 60),
         (second, 0): lab.lose(second, NEURONS - 1),
@@ -137,24 +136,6 @@ def test_a_command_names_all_that_it_cannot_read(lab, monkeypatch, rows_known: b
     assert "cannot be read" in failed.detail
     assert failed.timing.nand_ns > 0
     assert lab.leases() == 0
-
-
-def name_rows(lab: Lab, monkeypatch: Any) -> None:
-    """Reads of units that say which rows they lost."""
-    genuine = lab.ftl.read_units
-
-    def read_units(offsets: np.ndarray, unit_bytes: int, out: np.ndarray) -> Any:
-        try:
-            return genuine(offsets, unit_bytes, out)
-        except UnrecoveredRead as error:
-            touched = [
-                {int(lab.ftl.table[lpn]) - 1 for lpn in range(at // SECTOR, last // SECTOR + 1)}
-                for at, last in zip(offsets, offsets + unit_bytes - 1, strict=True)
-            ]
-            rows = [row for row, psas in enumerate(touched) if psas & lab.media.lost]
-            raise UnrecoveredRead(error.detail, error.psas, np.array(rows)) from None
-
-    monkeypatch.setattr(lab.ftl, "read_units", read_units)
 
 
 def test_a_damaged_and_an_unreadable_unit_come_in_one_answer(lab) -> None:

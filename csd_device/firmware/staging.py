@@ -209,10 +209,14 @@ class Stager:
             status = Status.GUARD_CHECK
             why = f"CRC32C {found[at]:08x}, packed with {expected[at]:08x}"
         if not lost.all():
-            self.cache.insert(site.key, units[~lost], data[~lost])
+            self._keep(site, units[~lost], data[~lost])
         if not lost.any():  # a second read went well
             return reads
         raise PieceUnreadable(status, why, _by_copy(site, units, lost, copies), reads)
+
+    def _keep(self, site: SiteRecord, units: U32, data: U8) -> None:
+        """Has the units that were good beside a lost one cached: they are asked for again."""
+        self.cache.insert(site.key, units, data)
 
     def _read_apart(
         self, offsets: I64, data: U8, first: UnrecoveredRead
@@ -248,7 +252,7 @@ class Stager:
             units = _choose(site, target, host, prediction, time).units
             copies = _copies_of(site, target, units)
             misses = np.flatnonzero(self.cache.lookup(site.key, units) < 0)
-            for rows in _pieces(misses, site.unit_bytes):
+            for rows in _pieces(misses, site.unit_bytes) if misses.size else ():
                 data = self._scratch_rows(rows, site)
                 of = None if copies is None else copies[rows]
                 try:

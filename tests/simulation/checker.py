@@ -32,7 +32,7 @@ class Tables:
     """The FTL's own tables, live."""
 
     table: U32  # PSA + 1 of each logical sector, 0: unmapped
-    reverse: U32 | None  # LPN + 1 of each physical sector, 0: none
+    reverse: U32  # LPN + 1 of each physical sector, 0: none
     superblocks: Superblocks
 
 
@@ -74,6 +74,5 @@ class Watching:
 
     def settled(self, tables: Tables) -> None: ...
 
-    def require(self, condition: object, detail: str) -> None:
-        if not condition:
-            raise Broken(self.name, detail)
+    def broken(self, detail: str) -> Broken:
+        return Broken(self.name, detail)

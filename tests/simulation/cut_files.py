@@ -1,9 +1,9 @@
 """Files of a media folder on a power supply: `os` as the FTL's modules see it, and `Path.open`.
 
 Whatever the FTL keeps in files it writes with functions of `os` and with methods of Path; this
-stands in for both. Every change of a file is an operation of the supply. A change since the file's last fsync may be
-lost when power goes (of what was appended, any part of the end), and so may a rename since the last
-fsync of its folder. Reading costs nothing and is never cut.
+stands in for both. Every change of a file is an operation of the supply. A change since the file's
+last fsync may be lost when power goes (of what was appended, any part of the end), and so may a
+rename since the last fsync of its folder. Reading costs nothing and is never cut.
 """
 
 import os

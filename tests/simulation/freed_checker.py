@@ -19,7 +19,8 @@ class FreedChecker(Watching):
     def _check(self, superblocks: np.ndarray, tables: Tables) -> None:
         lpns = np.flatnonzero(tables.table)
         psas = tables.table[lpns].astype(np.int64) - 1
-        inside = np.isin(psas // self.geometry.sectors_per_superblock, superblocks)
-        self.require(
-            not inside.any(), f"mapped sectors {lpns[inside][:8]} lie in superblocks being freed"
-        )
+        is_freed = np.zeros(self.geometry.blocks_per_plane, np.bool_)
+        is_freed[superblocks] = True
+        inside = is_freed[psas // self.geometry.sectors_per_superblock]
+        if inside.any():
+            raise self.broken(f"mapped sectors {lpns[inside][:8]} lie in superblocks being freed")

@@ -10,13 +10,14 @@ class InverseChecker(Watching):
     def settled(self, tables: Tables) -> None:
         lpns = np.flatnonzero(tables.table)
         psas = tables.table[lpns].astype(np.int64) - 1
-        self.require(
-            np.unique(psas).size == psas.size, "two logical sectors lie in one physical sector"
-        )
-        self.require(
-            not psas.size or psas.max() < self.geometry.raw_sectors, "mapped beyond the media"
-        )
-        if tables.reverse is not None:
-            named = tables.reverse[psas].astype(np.int64) - 1
-            wrong = lpns[named != lpns]
-            self.require(not wrong.size, f"P2L names others for sectors {wrong[:8]}")
+        if psas.size and psas.max() >= self.geometry.raw_sectors:
+            raise self.broken(f"sectors {lpns[psas >= self.geometry.raw_sectors]} beyond the media")
+        holders = np.bincount(psas, minlength=self.geometry.raw_sectors)
+        if (holders > 1).any():
+            raise self.broken(f"several logical sectors lie in {np.flatnonzero(holders > 1)}")
+        wrong = lpns[tables.reverse[psas] != lpns + 1]
+        if wrong.size:
+            raise self.broken(f"P2L names others for sectors {wrong[:8]}")
+        stale = np.flatnonzero((tables.reverse != 0) & (holders == 0))
+        if stale.size:
+            raise self.broken(f"P2L names sectors {stale[:8]} that L2P does not")

@@ -20,10 +20,10 @@ class OrderChecker(Watching):
         psas = np.arange(first_psa, first_psa + sectors)
         blocks, places = self._places(psas)
         early = ~self._written[psas] & (places < self._last[blocks])
-        self.require(
-            not early.any(),
-            f"sectors {psas[early]} come before what their blocks were programmed with last",
-        )
+        if early.any():
+            raise self.broken(
+                f"sectors {psas[early]} come before what their blocks were programmed with last"
+            )
         self._written[psas] = True
         np.maximum.at(self._last, blocks, places)
 

@@ -16,9 +16,9 @@ class ProgramChecker(Watching):
 
     def wrote(self, first_psa: int, sectors: int) -> None:
         found = self._sectors[first_psa : first_psa + sectors]
-        self.require(
-            not found.any(), f"sectors {first_psa + np.flatnonzero(found)} written without an erase"
-        )
+        if found.any():
+            again = first_psa + np.flatnonzero(found)
+            raise self.broken(f"sectors {again} written without an erase")
         found[:] = True
 
     def erased(self, superblock: int) -> None:
@@ -31,6 +31,6 @@ class ProgramChecker(Watching):
         by_page = self._sectors.reshape(-1, self.geometry.sectors_per_page)
         standing = ppns[by_page[ppns].any(axis=1)]  # the others were erased again since
         again = standing[self._pages[standing]]
-        self.require(not again.size, f"pages {again} were reported as programmed twice")
-        self.require(np.unique(ppns).size == ppns.size, f"a page twice in one report: {ppns}")
+        if again.size or np.unique(ppns).size != ppns.size:
+            raise self.broken(f"pages reported as programmed twice: {again} in {ppns}")
         self._pages[standing] = True

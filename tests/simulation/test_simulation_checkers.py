@@ -99,10 +99,23 @@ def _plant_wrong_counts(patch: pytest.MonkeyPatch) -> type[PassingMedia]:
 
     def counting(self: Ftl, *arguments: Any, **words: Any) -> PagePrograms:
         programs = write(self, *arguments, **words)
-        TornWorld.last.superblocks.valid[-1] = 1
+        self.superblocks.valid[-1] = 1
         return programs
 
     patch.setattr(Ftl, "write", counting)
+    return PassingMedia
+
+
+def _plant_forgotten_sector(patch: pytest.MonkeyPatch) -> type[PassingMedia]:
+    """P2L keeps an entry that L2P does not have."""
+    write = Ftl.write
+
+    def keeping(self: Ftl, *arguments: Any, **words: Any) -> PagePrograms:
+        programs = write(self, *arguments, **words)
+        self.reverse[-1] = 1
+        return programs
+
+    patch.setattr(Ftl, "write", keeping)
     return PassingMedia
 
 
@@ -110,7 +123,7 @@ def _plant_shared_sectors(patch: pytest.MonkeyPatch) -> type[PassingMedia]:
     """A copy refers to the same cells, which are counted for both."""
 
     def refer(self: SimulatedFtl, target: int, source: int, count: int) -> None:
-        table, valid = self.ftl.table, TornWorld.last.superblocks.valid
+        table, valid = self.ftl.table, self.ftl.superblocks.valid
         table[target : target + count] = table[source : source + count]
         psas = table[target : target + count].astype(np.int64) - 1
         np.add.at(valid, psas // CONFIG.geometry.sectors_per_superblock, 1)
@@ -136,6 +149,7 @@ PLANTED: dict[str, tuple[str, Plant]] = {
     "a flush that is none": ("acknowledged", _plant_lost_flush),
     "a write in halves": ("acknowledged", _plant_torn_write),
     "a count off by one": ("valid counts", _plant_wrong_counts),
+    "an entry left behind": ("inverse", _plant_forgotten_sector),
     "a copy by reference": ("inverse", _plant_shared_sectors),
 }
 

@@ -92,7 +92,7 @@ class ControllerAgainstDictionary(DriveAgainstDictionary):
     make = SimulatedController
 
 
-BOUNDED = settings(max_examples=40, stateful_step_count=40, deadline=None, derandomize=True)
+BOUNDED = settings(max_examples=20, stateful_step_count=40, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize("machine", [DriveAgainstDictionary, ControllerAgainstDictionary])

@@ -13,8 +13,8 @@ class ValidChecker(Watching):
         counted = np.bincount(psas // size, minlength=self.geometry.blocks_per_plane)
         stated = tables.superblocks.valid
         wrong = np.flatnonzero(counted != stated)
-        self.require(
-            not wrong.size,
-            f"superblocks {wrong[:8]} have {counted[wrong[:8]]} valid sectors, "
-            f"{stated[wrong[:8]]} are stated",
-        )
+        if wrong.size:
+            raise self.broken(
+                f"superblocks {wrong[:8]} have {counted[wrong[:8]]} valid sectors, "
+                f"{stated[wrong[:8]]} are stated"
+            )

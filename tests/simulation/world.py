@@ -239,12 +239,11 @@ class World:
             self.supply.go_off_at(goes_off_at)
         self.subject = self._make(self._folder / "d", self.config, self._wrap)
         ftl = self.subject.ftl
-        self._tables = Tables(ftl.table, getattr(ftl, "reverse", None), self.superblocks)
+        self._tables = Tables(ftl.table, ftl.reverse, ftl.superblocks)
         self._listen(ftl)
         self._settled()
 
     def _wrap(self, media: Media, superblocks: Superblocks) -> Media:
-        self.superblocks = superblocks
         faulty = self._faults(PowerLoss(media, self.supply))
         self._media = WatchedMedia(
             faulty, self.config.geometry, self.checkers, lambda: self._tables

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from csd_device.errors import ConfigRefused
+from csd_device.fault_config import FaultsConfig
 from csd_protocol.units import MIB, format_size, parse_size
 
 SECTOR_BYTES = 4096  # one logical block, one mapping entry, one ECC codeword
@@ -312,6 +313,7 @@ class DriveConfig(_Section):
     queues: Queues
     write_buffer: WriteBufferConfig = WriteBufferConfig()
     endurance: Endurance = Endurance()
+    faults: FaultsConfig = FaultsConfig()
 
     @property
     def capacity_sectors(self) -> int:
@@ -341,7 +343,26 @@ class DriveConfig(_Section):
         self._check_write_buffer()
         self._check_dram()
         self._check_spare()
+        self.check_faults(self.faults)
         return self
+
+    def check_faults(self, faults: FaultsConfig) -> None:
+        """Raises ValueError for a fault of a die or a superblock that this drive does not have."""
+        geometry = self.geometry
+        for channel, die in faults.slow_dies.dies if faults.slow_dies else ():
+            if channel >= geometry.channels or die >= geometry.dies_per_channel:
+                raise ValueError(
+                    f"faults.slow_dies: die {die} of channel {channel}; there are "
+                    f"{geometry.channels} channels of {geometry.dies_per_channel} dies"
+                )
+        for name in ("program_failures", "erase_failures"):
+            failures = getattr(faults, name)
+            for superblock in failures.superblocks if failures else ():
+                if superblock >= geometry.blocks_per_plane:
+                    raise ValueError(
+                        f"faults.{name}: superblock {superblock}; there are "
+                        f"{geometry.blocks_per_plane}"
+                    )
 
     def _check_write_buffer(self) -> None:
         capacity = self.write_buffer.capacity_bytes

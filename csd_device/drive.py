@@ -19,10 +19,11 @@ import numpy.typing as npt
 from csd_device.clock import Clock, TimeMode
 from csd_device.config import DriveConfig
 from csd_device.dram import Arena, UnitCache, Window
-from csd_device.errors import CommandError
+from csd_device.errors import CommandError, DriveRefused
 from csd_device.firmware import Controller, QueuePair
 from csd_device.firmware.batch import read_batch, read_closed_loop
 from csd_device.firmware.dispatch import note_failure
+from csd_device.firmware.fault_injection import FaultInjection
 from csd_device.firmware.features import Features
 from csd_device.firmware.hosts import HostTable
 from csd_device.firmware.memory_ranges import UNIT_CACHE, WINDOW
@@ -32,6 +33,7 @@ from csd_device.firmware.programs import ProgramStore
 from csd_device.firmware.staging import Stager
 from csd_device.ftl import Ftl
 from csd_device.nand import Timeline
+from csd_device.nand.faults import FaultCounters, Surroundings
 from csd_protocol.status import Status
 
 U8 = npt.NDArray[np.uint8]
@@ -77,7 +79,9 @@ class Drive:
         except BaseException:
             ftl.close()
             raise
-        return cls(_assemble(config, media_path, serial, clock, time_mode, ftl, window))
+        drive = cls(_assemble(config, media_path, serial, clock, time_mode, ftl, window))
+        drive._begin_faults()
+        return drive
 
     @property
     def clock(self) -> Clock:
@@ -162,6 +166,14 @@ class Drive:
         self._controller.stager.window.close()
         self._controller.ftl.close()
 
+    def _begin_faults(self) -> None:
+        """What `[faults]` says is on from here on. Raises DriveRefused, the drive closed."""
+        try:
+            self._controller.faults.apply(self.config.faults, self._controller.stager.window)
+        except (ValueError, CommandError) as error:
+            self.close()
+            raise DriveRefused(f"[faults] of {self.config.name}: {error}") from error
+
     def _forget_closed(self) -> None:
         closed = [number for number, queue in self._queues.items() if queue.is_closed]
         for number in closed:
@@ -183,12 +195,14 @@ def _assemble(
     arena.allot(UNIT_CACHE, config.dram.unit_cache_bytes)
     stager = Stager(ftl, window, UnitCache(config.dram.unit_cache_bytes))
     timeline = Timeline(config.geometry, config.timing)
+    timed = time_mode is not TimeMode.OFF
+    around = Surroundings(config, ftl.superblocks, clock.now_ns, FaultCounters())
     controller = Controller(
         config=config,
         serial=serial,
         clock=clock,
         time_mode=time_mode,
-        time=None if time_mode is TimeMode.OFF else DriveTime(config, timeline),
+        time=DriveTime(config, timeline) if timed else None,
         ftl=ftl,
         arena=arena,
         stager=stager,
@@ -196,6 +210,7 @@ def _assemble(
         programs=ProgramStore(media_path / _PROGRAMS_FOLDER, arena),
         hosts=HostTable(arena),
         features=Features(config.queues),
+        faults=FaultInjection(config, ftl, timeline if timed else None, around),
     )
     for error in controller.programs.refused:
         note_failure(controller, error, queue=0, cid=0, command="open", at_ns=clock.now_ns())

@@ -44,6 +44,17 @@ class WindowFull(CommandError):
         )
 
 
+class WindowGone(CommandError):
+    """There is no window now; it may come back."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            Status.WINDOW_UNAVAILABLE,
+            "the drive's window is gone and all leases with it. Open its file again when it is "
+            "back, and stage again",
+        )
+
+
 class NoLease(CommandError):
     """A lease that does not exist or belongs to another host."""
 

@@ -55,6 +55,7 @@ class Status(Enum):
     WINDOW_FULL = StatusCode(1, 0xC2, "Window Full", retryable=True)
     NO_LEASE = StatusCode(1, 0xC3, "No Such Lease")
     DRAM_EXCEEDED = StatusCode(1, 0xC4, "On-Drive DRAM Exceeded")
+    WINDOW_UNAVAILABLE = StatusCode(1, 0xC5, "Window Unavailable", retryable=True)
 
     WRITE_FAULT = StatusCode(2, 0x80, "Write Fault")
     UNRECOVERED_READ = StatusCode(2, 0x81, "Unrecovered Read Error")

@@ -13,7 +13,6 @@ or sequentially written drive has a short checkpoint, and any other 4 bytes a se
 written and read one at a time: none of this takes memory by the size of the drive.
 """
 
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ import numpy.typing as npt
 from numba import njit
 
 from csd_device.errors import DriveRefused
-from csd_device.ftl.folder import sync_folder
 from csd_device.ftl.two_way_map import CHUNK_SECTORS
 from csd_protocol.crc32c import crc32c
 
@@ -74,6 +72,7 @@ class Checkpoint:
     is_clean: bool
     progress: Progress
     arrays: dict[str, npt.NDArray[Any]]  # by superblock; `written_ns` in power-on time
+    chunk_count: int
     chunks: Iterable[tuple[int, U32]]  # first LPN, table entries
 
 
@@ -105,32 +104,21 @@ def _expand_runs(runs: Any, entries: Any) -> None:
             entries[first + each] = entry + each
 
 
-def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """The file has the old content or this one, whatever happens; durable on return."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("wb") as file:
-        file.write(bytes(_HEAD.size + _CRC.size))
-        arrays = b"".join(checkpoint.arrays[name].tobytes() for name, _ in _ARRAYS)
-        file.write(arrays)
-        chunks = 0
-        for first_lpn, entries in checkpoint.chunks:
-            form, payload = _encode_chunk(entries)
-            file.write(_CHUNK.pack(first_lpn, form, len(payload), crc32c(payload)) + payload)
-            chunks += 1
-        head = _HEAD.pack(
-            _MAGIC,
-            checkpoint.number,
-            checkpoint.arrays["states"].size,
-            chunks,
-            checkpoint.is_clean,
-            *checkpoint.progress.numbers(),
-        )
-        file.seek(0)
-        file.write(head + _CRC.pack(crc32c(head + arrays)))
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    sync_folder(path.parent)
+def encode_checkpoint(checkpoint: Checkpoint) -> Iterator[bytes]:
+    """The file, a part at a time."""
+    arrays = b"".join(checkpoint.arrays[name].tobytes() for name, _ in _ARRAYS)
+    head = _HEAD.pack(
+        _MAGIC,
+        checkpoint.number,
+        checkpoint.arrays["states"].size,
+        checkpoint.chunk_count,
+        checkpoint.is_clean,
+        *checkpoint.progress.numbers(),
+    )
+    yield head + _CRC.pack(crc32c(head + arrays)) + arrays
+    for first_lpn, entries in checkpoint.chunks:
+        form, payload = _encode_chunk(entries)
+        yield _CHUNK.pack(first_lpn, form, len(payload), crc32c(payload)) + payload
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
@@ -156,7 +144,12 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         name: np.frombuffer(part, kind) for (name, kind), part in zip(_ARRAYS, parts, strict=True)
     }
     return Checkpoint(
-        number, bool(is_clean), Progress.of(progress), arrays, _chunks(path, chunks_at, chunks)
+        number=number,
+        is_clean=bool(is_clean),
+        progress=Progress.of(progress),
+        arrays=arrays,
+        chunk_count=chunks,
+        chunks=_chunks(path, chunks_at, chunks),
     )
 
 

@@ -24,9 +24,14 @@ import numpy.typing as npt
 
 from csd_device.errors import DriveRefused, WriteFault
 from csd_device.ftl.changes import Changes
-from csd_device.ftl.checkpoint import CHECKPOINT_NAME, Checkpoint, Progress, read_checkpoint
-from csd_device.ftl.checkpoint import write_checkpoint as _write_checkpoint
-from csd_device.ftl.folder import sync_folder, write_all
+from csd_device.ftl.checkpoint import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    Progress,
+    encode_checkpoint,
+    read_checkpoint,
+)
+from csd_device.ftl.folder import replace_file, sync_folder, write_all
 from csd_protocol.crc32c import crc32c
 
 U32 = npt.NDArray[np.uint32]
@@ -112,7 +117,7 @@ class Journal:
         """Replaces checkpoint and journal by this state. Raises WriteFault."""
         assert checkpoint.number == self._number
         try:
-            _write_checkpoint(self._path / CHECKPOINT_NAME, checkpoint)
+            replace_file(self._path / CHECKPOINT_NAME, encode_checkpoint(checkpoint))
             os.ftruncate(self._file, 0)
         except OSError as error:
             raise WriteFault(f"{self._path / CHECKPOINT_NAME}: {error}") from error

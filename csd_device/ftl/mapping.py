@@ -91,6 +91,15 @@ def cut_units(table: U32, offsets: I64, unit_bytes: int, out: U8) -> I64:
     return pieces[: _cut(table, offsets, unit_bytes, out, pieces)]
 
 
+def lpns_of(offsets: I64, unit_bytes: int) -> tuple[I64, I64]:
+    """The logical sectors of each unit, one after the other, and the row of the unit of each."""
+    first = offsets // SECTOR_BYTES
+    counts = (offsets + unit_bytes - 1) // SECTOR_BYTES - first + 1
+    rows = np.repeat(np.arange(offsets.size), counts)
+    before = np.cumsum(counts) - counts
+    return np.arange(rows.size) - before[rows] + first[rows], rows
+
+
 def pages_of(pieces: I64, sectors_per_page: int) -> tuple[I64, I64]:
     """Each page the pieces touch, once and ascending, and the bytes it moves: whole sectors.
 

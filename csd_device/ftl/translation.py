@@ -21,18 +21,24 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_device.config import SECTOR_BYTES, DriveConfig
-from csd_device.errors import CapacityExceeded, DriveRefused, LbaOutOfRange, WriteProtected
+from csd_device.errors import (
+    CapacityExceeded,
+    DriveRefused,
+    LbaOutOfRange,
+    UnrecoveredRead,
+    WriteProtected,
+)
 from csd_device.ftl.changes import Changes, EventKind
 from csd_device.ftl.checkpoint import Checkpoint, Progress
 from csd_device.ftl.collector import Collector
 from csd_device.ftl.folder import MediaFolder
 from csd_device.ftl.journal import Journal
-from csd_device.ftl.mapping import cut_units, pages_of
+from csd_device.ftl.mapping import cut_units, lpns_of, pages_of
 from csd_device.ftl.placement import NO_POINTER, Placement, Stream, SuperblockRetired
 from csd_device.ftl.programs import PagePrograms, Work
 from csd_device.ftl.recovery import Recovered, checkpoint_arrays, recover
 from csd_device.ftl.two_way_map import TwoWayMap
-from csd_device.nand.media import FileMedia, Media, Pieces
+from csd_device.nand.media import FileMedia, Media, Pieces, Retries
 from csd_device.nand.superblocks import Superblocks, SuperblockState
 
 U8 = npt.NDArray[np.uint8]
@@ -42,6 +48,7 @@ I64 = npt.NDArray[np.int64]
 COMMIT_ROWS = 4096  # of changes held in memory before they are committed unasked
 CHECKPOINT_BYTES = 16 << 20  # of journal, before a checkpoint replaces it
 READS_STEP = 1024  # page reads of a superblock that a crash may forget
+LBAS_NAMED_MAX = 8  # in a message
 
 Wrap = Callable[[Media, Superblocks], Media]
 
@@ -51,11 +58,13 @@ class PageReads:
     """Pages that a read touches, each once, and the bytes that leave each.
 
     `extra_ns` is what the array takes longer for each than tR (read retries); None: nothing.
+    `retries` is the same by sector, for who asks again for some of them.
     """
 
     ppns: I64
     transfer_bytes: I64
     extra_ns: I64 | None = None
+    retries: Retries | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,27 +110,27 @@ class Ftl:
         self._folder = folder
         self.capacity_sectors = config.capacity_sectors
         self.mapping_bytes = config.mapping_bytes
-        self.superblocks = superblocks or Superblocks(geometry.blocks_per_plane)
+        self._superblocks = superblocks or Superblocks(geometry.blocks_per_plane)
         self._maps = TwoWayMap(
             config.capacity_sectors,
             geometry.raw_sectors,
             geometry.sectors_per_superblock,
-            self.superblocks.valid,
+            self._superblocks.valid,
         )
         self._table: U32 = self._maps.table
         self._changes = Changes()
         self._work = Work(geometry)
         self._placement = Placement(
-            media, geometry, self.superblocks, self._changes, self._work
+            media, geometry, self._superblocks, self._changes, self._work
         )  # fmt: skip
         self._collector = Collector(
-            config, media, self.superblocks, self._maps, self._placement, self._changes, self._work
+            config, media, self._superblocks, self._maps, self._placement, self._changes, self._work
         )
         self._spares_initial = max(0, config.spare_superblocks)
         self._sectors_written = 0
         self._now_ns = 0
         self._journal = self._recover(folder.path)
-        self._saved_reads = self.superblocks.reads.copy()
+        self._saved_reads = self._superblocks.reads.copy()
 
     @classmethod
     def open(cls, directory: Path, config: DriveConfig, wrap: Wrap | None = None) -> Self:
@@ -154,7 +163,7 @@ class Ftl:
     def read_units(self, offsets_bytes: I64, unit_bytes: int, out: U8) -> PageReads:
         """Gathers units into `out` [n, unit_bytes], contiguous.
 
-        Raises LbaOutOfRange, and what the media raises (UnrecoveredRead).
+        Raises LbaOutOfRange, and UnrecoveredRead with the lost LBAs and `rows`.
         """
         assert out.shape == (offsets_bytes.size, unit_bytes)
         if not out.size:
@@ -163,8 +172,46 @@ class Ftl:
         flat = out.reshape(-1)
         pieces = cut_units(self._table, offsets_bytes, unit_bytes, flat)
         columns = np.ascontiguousarray(pieces.T)
-        self._media.gather(Pieces(columns[0], columns[1], columns[2]), flat)
-        return PageReads(*pages_of(pieces, self._geometry.sectors_per_page))
+        try:
+            retries = self._media.gather(Pieces(columns[0], columns[1], columns[2]), flat)
+        except UnrecoveredRead as error:
+            raise self._located(error, offsets_bytes, unit_bytes) from None
+        per_page = self._geometry.sectors_per_page
+        ppns, sizes = pages_of(pieces, per_page)
+        self._superblocks.count_reads(ppns, self._geometry.pages_per_superblock)
+        return PageReads(ppns, sizes, _by_page(retries, ppns, per_page), retries)
+
+    def _located(self, error: UnrecoveredRead, offsets: I64, unit_bytes: int) -> UnrecoveredRead:
+        """The same error with the LBAs and the rows of the read that it means."""
+        if error.psas is None:
+            return error
+        lpns, units = lpns_of(offsets, unit_bytes)
+        is_lost = np.isin(self._table[lpns].astype(np.int64) - 1, error.psas)
+        lost = np.unique(lpns[is_lost])
+        named = ", ".join(str(lpn) for lpn in lost[:LBAS_NAMED_MAX].tolist())
+        more = f" and {lost.size - LBAS_NAMED_MAX} more" if lost.size > LBAS_NAMED_MAX else ""
+        detail = f"{'LBA' if lost.size == 1 else 'LBAs'} {named}{more} ({error.detail})"
+        return UnrecoveredRead(detail, error.psas, np.unique(units[is_lost]))
+
+    def psas_of(self, lpn: int, count: int) -> I64:
+        """The physical sectors of these logical ones, ascending; those not mapped have none."""
+        self._check_range(lpn, count)
+        entries = self._table[lpn : lpn + count].astype(np.int64)
+        return np.sort(entries[entries > 0] - 1)
+
+    @property
+    def superblocks(self) -> Superblocks:
+        return self._superblocks
+
+    @property
+    def media(self) -> Media:
+        """The cells; setting it puts the same cells behind other decorators."""
+        return self._media
+
+    @media.setter
+    def media(self, media: Media) -> None:
+        assert media.size_bytes == self._media.size_bytes
+        self._media = self._placement.media = self._collector.media = media
 
     def is_mapped(self, lpn: int, count: int) -> npt.NDArray[np.bool_]:
         """Which of these sectors hold data [count]."""
@@ -189,7 +236,7 @@ class Ftl:
     @property
     def used_sectors(self) -> int:
         """Logical sectors that hold data."""
-        return int(self.superblocks.valid.sum())
+        return int(self._superblocks.valid.sum())
 
     # ---- changes -----------------------------------------------------------------------------
 
@@ -271,7 +318,7 @@ class Ftl:
     def counters(self) -> Counters:
         written = self._sectors_written * SECTOR_BYTES
         programmed = self._work.pages_programmed * self._geometry.page_bytes
-        erases = self.superblocks.erases
+        erases = self._superblocks.erases
         return Counters(
             sectors_written=self._sectors_written,
             sectors_moved=self._collector.sectors_moved,
@@ -284,8 +331,8 @@ class Ftl:
             erases_mean=float(erases.mean()),
             erases_max=int(erases.max()),
             erases_spread=int(erases.max()) - int(erases.min()),
-            free_superblocks=self.superblocks.free_count,
-            bad_superblocks=self.superblocks.bad_count,
+            free_superblocks=self._superblocks.free_count,
+            bad_superblocks=self._superblocks.bad_count,
             spare_superblocks=max(0, self._collector.spares_left),
             spare_superblocks_initial=self._spares_initial,
             is_read_only=self.is_read_only,
@@ -294,7 +341,7 @@ class Ftl:
     def check(self) -> None:
         """Asserts the invariants that hold between commands."""
         self._maps.check()
-        blocks = self.superblocks
+        blocks = self._superblocks
         is_empty = (blocks.states == SuperblockState.FREE) | (blocks.states == SuperblockState.BAD)
         assert not blocks.valid[is_empty].any(), "a free or bad superblock holds data"
         opened = [psa // self._placement.size for psa in self.pointers if psa != NO_POINTER]
@@ -348,7 +395,7 @@ class Ftl:
 
     def _is_possible(self, count: int) -> bool:
         """Whether so many sectors would fit if nothing stale were left."""
-        blocks = self.superblocks
+        blocks = self._superblocks
         good = blocks.states.size - blocks.bad_count - self._collector.reserve
         return good * self._placement.size - self.used_sectors >= count
 
@@ -367,7 +414,7 @@ class Ftl:
 
     def _take_back(self) -> None:
         """Erases what holds nothing. Only right after a commit: see the head of this file."""
-        blocks = self.superblocks
+        blocks = self._superblocks
         is_stale = (blocks.states == SuperblockState.FULL) & (blocks.valid == 0)
         for superblock in np.flatnonzero(is_stale).tolist():
             if not blocks.retiring[superblock] and self._placement.erase(superblock):
@@ -380,7 +427,7 @@ class Ftl:
             self._collector.forget(superblock)
 
     def _note_reads(self) -> None:
-        reads = self.superblocks.reads
+        reads = self._superblocks.reads
         grown = np.flatnonzero(reads - self._saved_reads >= READS_STEP)
         for superblock in grown.tolist():
             self._changes.note_event(EventKind.READS, superblock, int(reads[superblock]))
@@ -394,10 +441,15 @@ class Ftl:
 
     def _checkpoint(self, is_clean: bool = False) -> None:
         """Only with nothing pending but what `_take_back` did."""
-        arrays = checkpoint_arrays(self.superblocks, self._placement.powered_ns)
+        arrays = checkpoint_arrays(self._superblocks, self._placement.powered_ns)
         self._journal.replace_by(
             Checkpoint(
-                self._journal.number, is_clean, self._progress(), arrays, self._maps.chunks()
+                number=self._journal.number,
+                is_clean=is_clean,
+                progress=self._progress(),
+                arrays=arrays,
+                chunk_count=self._maps.chunk_count,
+                chunks=self._maps.chunks(),
             )
         )
         self._changes.clear()
@@ -405,7 +457,7 @@ class Ftl:
     def _recover(self, directory: Path) -> Journal:
         journal, checkpoint, records = Journal.open(directory)
         try:
-            found = recover(checkpoint, records, self._maps, self.superblocks)
+            found = recover(checkpoint, records, self._maps, self._superblocks)
             self._go_on(found, journal)
         except BaseException:
             journal.close()
@@ -432,9 +484,19 @@ class Ftl:
 
     def _check_writable(self) -> None:
         if self.is_read_only:
-            raise WriteProtected(self.superblocks.bad_count, self._spares_initial)
+            raise WriteProtected(self._superblocks.bad_count, self._spares_initial)
 
     def _check_bytes(self, start: int, end: int) -> None:
         if start < 0 or end > self.capacity_sectors * SECTOR_BYTES:
             first = start // SECTOR_BYTES
             raise LbaOutOfRange(first, -(-end // SECTOR_BYTES) - first, self.capacity_sectors)
+
+
+def _by_page(retries: Retries | None, ppns: I64, sectors_per_page: int) -> I64 | None:
+    """What each page [n], ascending, takes longer: its slowest sector."""
+    if retries is None:
+        return None
+    extra_ns = np.zeros(ppns.size, np.int64)
+    pages = np.searchsorted(ppns, retries.psas // sectors_per_page)
+    np.maximum.at(extra_ns, pages, retries.extra_ns)
+    return extra_ns

@@ -177,8 +177,13 @@ class TwoWayMap:
         count, start = _list_valid(self.reverse, start, end, psas)
         return psas[:count], start
 
+    @property
+    def chunk_count(self) -> int:
+        """Chunks of the table that anything was ever mapped in."""
+        return int(np.count_nonzero(self._touched))
+
     def chunks(self) -> Iterator[tuple[int, U32]]:
-        """First LPN and entries of each chunk of the table that anything was ever mapped in."""
+        """First LPN and entries of each of them."""
         for chunk in np.flatnonzero(self._touched).tolist():
             first = chunk * CHUNK_SECTORS
             yield first, self.table[first : first + CHUNK_SECTORS]

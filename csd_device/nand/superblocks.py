@@ -9,11 +9,19 @@ One whose program failed is *retiring*: what it holds can be read and is moved a
 """
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 I64 = npt.NDArray[np.int64]
+
+
+@njit(nogil=True, cache=True)
+def _count(reads: Any, ppns: Any, pages_per_superblock: Any) -> None:
+    for index in range(ppns.shape[0]):
+        reads[ppns[index] // pages_per_superblock] += 1
 
 
 class SuperblockState(IntEnum):
@@ -89,6 +97,4 @@ class Superblocks:
 
     def count_reads(self, ppns: I64, pages_per_superblock: int) -> None:
         """Counts one read of each of these pages."""
-        if ppns.size:
-            touched = ppns // pages_per_superblock
-            self.reads += np.bincount(touched, minlength=self.reads.size)
+        _count(self.reads, ppns, pages_per_superblock)

@@ -22,6 +22,8 @@ from csd_device.nand.media import U8, Media
 from csd_device.nand.superblocks import Superblocks
 from csd_protocol.status import Status
 
+_MOVE_NS = 200_000  # of idle time a sector
+
 Wrap = Callable[[Media, Superblocks], Media]
 
 
@@ -143,8 +145,9 @@ class SimulatedController:
         self._perform(c.Flush())
 
     def idle(self, sectors: int) -> None:
-        self._drive.clock.advance_to(self._drive.clock.now_ns() + 1_000_000_000)
-        self.ftl.work_idle(sectors)
+        """Time passes; the next command finds what the drive did in it."""
+        self._drive.clock.advance_to(self._drive.clock.now_ns() + sectors * _MOVE_NS)
+        self._perform(c.KeepAlive())
 
     def close(self) -> None:
         self._is_closed = True

@@ -12,16 +12,18 @@ import numpy as np
 from world import World
 
 COUNT_MAX = 48  # sectors of a command
-_POWER = 0.02  # of steps: power goes soon
+POWER = 0.03  # of steps: power goes soon
 _OPERATIONS_MAX = 30  # until then
 
 
 class Simulation:
     """Random steps on a world."""
 
-    def __init__(self, world: World, rng: np.random.Generator) -> None:
+    def __init__(self, world: World, rng: np.random.Generator, power: float = POWER) -> None:
+        """`power`: how often it goes, in steps, whenever the drive next does something."""
         self._world = world
         self._rng = rng
+        self._power = power
         self._steps: dict[Callable[[], None], int] = {
             self._write: 40,
             self._read: 15,
@@ -31,7 +33,6 @@ class Simulation:
             self._compare: 4,
             world.flush: 10,
             self._idle: 4,
-            world.lose_power: 1,
             world.restart: 1,
         }
 
@@ -39,7 +40,7 @@ class Simulation:
         choices = list(self._steps)
         weights = np.array(list(self._steps.values()), float)
         for chosen in self._rng.choice(len(choices), steps, p=weights / weights.sum()):
-            if self._rng.random() < _POWER:
+            if self._rng.random() < self._power:
                 self._world.lose_power_within(int(self._rng.integers(0, _OPERATIONS_MAX)))
             choices[chosen]()
         self._world.read_all()

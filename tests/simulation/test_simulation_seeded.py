@@ -26,6 +26,18 @@ def test_a_seeded_run_holds(make: type) -> None:
         assert not world.refusals
 
 
+def test_power_may_go_within_each_operation_of_a_run() -> None:
+    """The same commands again and again; with CSD_FULL each operation is cut, else every fifth."""
+    losses = 0
+    for operation in range(0, 200, 1 if "CSD_FULL" in os.environ else 5):
+        rng = np.random.default_rng(SEED)
+        with World(np.random.default_rng(operation)) as world:
+            world.lose_power_within(operation)
+            Simulation(world, rng, power=0.0).run(60)
+            losses += world.power_losses > 0
+    assert losses > 0
+
+
 @pytest.mark.parametrize("make", [SimulatedFtl, SimulatedController])
 def test_a_run_with_bad_blocks_holds(make: type) -> None:
     """As many superblocks go bad as are spare; nobody notices."""

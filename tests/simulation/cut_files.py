@@ -118,12 +118,14 @@ class CutFiles:
         if not self._supply.begin():
             self._off()
         os.fsync(file)
-        path = self._paths[file]
-        if path.is_dir():
+        if self.is_folder(file):
             self._renames.clear()
-        self._synced.pop(path, None)
+        self._synced.pop(self._paths[file], None)
 
     fdatasync = fsync
+
+    def is_folder(self, file: int) -> bool:
+        return self._paths[file].is_dir()
 
     def close_all(self) -> None:
         for file in list(self._paths):

@@ -2,8 +2,9 @@
 
     CSD_SEED=7 CSD_STEPS=100000 pytest tests/simulation -k seeded
 
-The weights say how often each command comes. What matters more is where: most commands hit a hot
-eighth of the sectors, so that superblocks hold live and stale data and have to be collected.
+The weights say how often each command comes. What matters more is where: many commands hit a hot
+eighth of the sectors, so that superblocks hold live and stale data and have to be collected. Half
+of the runs start full and stay so.
 """
 
 from collections.abc import Callable
@@ -24,11 +25,13 @@ class Simulation:
         self._world = world
         self._rng = rng
         self._power = power
+        self._hot = float(rng.choice([0.0, 0.5, 0.9]))  # share of commands in the hot eighth
+        self._is_full = bool(rng.integers(2))
         self._steps: dict[Callable[[], None], int] = {
             self._write: 40,
             self._read: 15,
-            self._deallocate: 5,
-            self._write_zeroes: 3,
+            self._deallocate: 0 if self._is_full else 5,
+            self._write_zeroes: 0 if self._is_full else 3,
             self._copy: 5,
             self._compare: 4,
             world.flush: 10,
@@ -37,6 +40,9 @@ class Simulation:
         }
 
     def run(self, steps: int) -> None:
+        if self._is_full:
+            for lpn in range(0, self._world.sectors, COUNT_MAX):
+                self._world.write(lpn, min(COUNT_MAX, self._world.sectors - lpn))
         choices = list(self._steps)
         weights = np.array(list(self._steps.values()), float)
         for chosen in self._rng.choice(len(choices), steps, p=weights / weights.sum()):
@@ -73,6 +79,6 @@ class Simulation:
 
     def _range(self) -> tuple[int, int]:
         sectors = self._world.sectors
-        end = sectors // 8 if self._rng.random() < 0.8 else sectors
+        end = sectors // 8 if self._rng.random() < self._hot else sectors
         lpn = int(self._rng.integers(0, end))
         return lpn, int(self._rng.integers(1, min(COUNT_MAX, sectors - lpn) + 1))

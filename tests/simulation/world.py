@@ -27,7 +27,7 @@ from watched_media import WatchedMedia
 
 from csd_device.config import SECTOR_BYTES, DriveConfig, load_config
 from csd_device.errors import CommandError
-from csd_device.ftl import Ftl
+from csd_device.ftl import Ftl, translation
 from csd_device.nand.faults.power_loss import PowerCut, PowerLoss, PowerSupply
 from csd_device.nand.media import Media
 from csd_device.nand.superblocks import Superblocks
@@ -41,6 +41,7 @@ CHECKERS: tuple[type[Watching], ...] = (
     ValidChecker,
     FreedChecker,
 )
+CHECKPOINT_BYTES, COMMIT_ROWS = 16 << 10, 100  # low, so that both are often reached
 COPY_PIECE = 256  # sectors of a copy that are written at once; each is all or nothing
 REFUSALS = {Status.CAPACITY_EXCEEDED, Status.WRITE_PROTECTED}  # nothing changed
 _REPORTING = ("write", "deallocate", "write_zeroes", "deallocate_all", "flush", "work_idle")
@@ -52,7 +53,7 @@ def _clean(media: Media) -> Media:
     return media
 
 
-def small_drive() -> DriveConfig:
+def small_drive(geometry: dict[str, int] | None = None, **ftl: Any) -> DriveConfig:
     """24 superblocks of 8 pages of 4 sectors: 3 MiB of NAND, 2 MiB for the host, 3 spares."""
     drive = load_config("tiny").model_dump()
     drive["geometry"] |= {
@@ -61,11 +62,31 @@ def small_drive() -> DriveConfig:
         "planes_per_die": 2,
         "blocks_per_plane": 24,
         "pages_per_block": 2,
+        **(geometry or {}),
     }
     drive["dram"] |= {"window_bytes": 1 << 16, "unit_cache_bytes": 1 << 16}
     drive["queues"] |= {"mdts_bytes": 256 << 10}
-    drive["ftl"] |= {"over_provisioning": 0.33}
+    drive["ftl"] |= {"over_provisioning": 0.33, **ftl}
     return DriveConfig.model_validate(drive)
+
+
+def any_drive(rng: np.random.Generator) -> DriveConfig:
+    """One of many small drives: other shapes and policies, and no spares more often than not.
+
+    Limits of wear, reads and age are low, so that data is on its way for those reasons too.
+    """
+    pages, planes = int(rng.integers(1, 5)), int(rng.integers(1, 3))
+    superblock = 2 * planes * pages * 16384
+    holding = -(-(2 << 20) // superblock)
+    least = holding + 4 + -(-(256 << 10) // superblock) - 1
+    blocks = least + int(rng.choice([0, 0, 0, 1, 4]))
+    return small_drive(
+        {"planes_per_die": planes, "pages_per_block": pages, "blocks_per_plane": blocks},
+        over_provisioning=1 - (2 << 20) / (blocks * superblock) - 1e-9,
+        gc_policy=str(rng.choice(["greedy", "cost-benefit", "weights"])),
+        wear_spread=int(rng.choice([0, 2, 8])),
+        reclaim_reads=int(rng.choice([0, 20, 200])),
+    )
 
 
 class World:
@@ -235,6 +256,8 @@ class World:
     def _open(self, goes_off_at: int | None = None) -> None:
         self.supply = PowerSupply(self._rng)
         self._files = plug_files(self._patch, self.supply)
+        self._patch.setattr(translation, "CHECKPOINT_BYTES", CHECKPOINT_BYTES)
+        self._patch.setattr(translation, "COMMIT_ROWS", COMMIT_ROWS)
         if goes_off_at is not None:
             self.supply.go_off_at(goes_off_at)
         self.subject = self._make(self._folder / "d", self.config, self._wrap)

@@ -13,10 +13,10 @@ from csd_protocol.status import Status
 
 SEED = int(os.environ.get("CSD_SEED", "1"))
 STEPS = int(os.environ.get("CSD_STEPS", "1500"))
+pytestmark = pytest.mark.timeout(0 if "CSD_STEPS" in os.environ else 300)
 SHAPES = 40 if "CSD_FULL" in os.environ else 4
 
 
-@pytest.mark.timeout(0 if "CSD_STEPS" in os.environ else 300)
 @pytest.mark.parametrize("make", [SimulatedFtl, SimulatedController])
 def test_a_seeded_run_holds(make: type) -> None:
     print(f"replay with CSD_SEED={SEED} CSD_STEPS={STEPS}")  # noqa: T201 (shown when it fails)

@@ -166,7 +166,11 @@ class Collector:
     def _take_job(self, now_ns: int) -> bool:
         """What has to be emptied now, if anything: bad cells before room, room before the rest."""
         free = self._superblocks.free_count
-        is_retiring = free > self.reserve and bool(self._superblocks.retiring.any())
+        is_retiring = (
+            free > self.reserve
+            and self._superblocks.bad_count > 0
+            and bool(self._superblocks.retiring.any())
+        )
         if not is_retiring and free < self.target and self._take_victim(1.0):
             return True
         self._placement.has_opened |= is_retiring

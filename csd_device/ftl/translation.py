@@ -344,6 +344,9 @@ class Ftl:
         blocks = self._superblocks
         is_empty = (blocks.states == SuperblockState.FREE) | (blocks.states == SuperblockState.BAD)
         assert not blocks.valid[is_empty].any(), "a free or bad superblock holds data"
+        counted = blocks.free_count, blocks.bad_count
+        blocks.recount()
+        assert counted == (blocks.free_count, blocks.bad_count), counted
         opened = [psa // self._placement.size for psa in self.pointers if psa != NO_POINTER]
         assert sorted(opened) == blocks.having(SuperblockState.OPEN).tolist()
         for psa in self.pointers:

@@ -20,11 +20,14 @@ _OPERATIONS_MAX = 30  # until then
 class Simulation:
     """Random steps on a world."""
 
-    def __init__(self, world: World, rng: np.random.Generator, power: float = POWER) -> None:
-        """`power`: how often it goes, in steps, whenever the drive next does something."""
+    def __init__(
+        self, world: World, rng: np.random.Generator, power: float = POWER, full: float = 0.0
+    ) -> None:
+        """`power`: of steps, how often it goes; `full`: how often the disk below is full."""
         self._world = world
         self._rng = rng
         self._power = power
+        self._full = full
         self._hot = float(rng.choice([0.0, 0.5, 0.9]))  # share of commands in the hot eighth
         self._is_full = bool(rng.integers(2))
         self._steps: dict[Callable[[], None], int] = {
@@ -39,6 +42,8 @@ class Simulation:
             world.restart: 1,
         }
 
+        self._unanswered = {world.restart, self._idle}  # what has nobody to tell of a full disk
+
     def run(self, steps: int) -> None:
         if self._is_full:
             for lpn in range(0, self._world.sectors, COUNT_MAX):
@@ -48,7 +53,11 @@ class Simulation:
         for chosen in self._rng.choice(len(choices), steps, p=weights / weights.sum()):
             if self._rng.random() < self._power:
                 self._world.lose_power_within(int(self._rng.integers(0, _OPERATIONS_MAX)))
-            choices[chosen]()
+            self._world.disk.is_full = bool(self._rng.random() < self._full)
+            act = choices[chosen]
+            if not (self._world.disk.is_full and act in self._unanswered):
+                act()
+        self._world.disk.is_full = False
         self._world.read_all()
 
     def _write(self) -> None:

@@ -73,3 +73,10 @@ def test_a_worn_out_drive_is_read_only_and_keeps_what_it_has() -> None:
         world.restart()
         world.lose_power()
         world.read_all()
+
+
+@pytest.mark.parametrize("make", [SimulatedFtl, SimulatedController])
+def test_a_full_disk_fails_commands_and_nothing_else(make: type) -> None:
+    rng = np.random.default_rng(SEED)
+    with World(rng, make) as world:
+        Simulation(world, rng, full=0.1).run(STEPS)

@@ -18,6 +18,7 @@ from acknowledged import Acknowledged, Change
 from checker import Broken, Checker, Tables, Watching
 from cut_files import plug_files
 from freed_checker import FreedChecker
+from full_disk import FullDisk
 from inverse_checker import InverseChecker
 from order_checker import OrderChecker
 from program_checker import ProgramChecker
@@ -109,6 +110,7 @@ class World:
         self.checkers: list[Checker] = [kind(self.config.geometry) for kind in checkers]
         self.power_losses = self.stamp = 0
         self.refusals: list[Status] = []
+        self.disk = FullDisk()
         self._rng = rng
         self._make = make
         self._faults, self._above = faults, above
@@ -160,8 +162,15 @@ class World:
         self.read(0, self.sectors)
 
     def flush(self) -> None:
-        if self._perform(lambda: self.subject.flush()):
-            self.expected.flushed()
+        try:
+            is_done = self._perform(lambda: self.subject.flush())
+        except CommandError as error:
+            if not (error.status is Status.WRITE_FAULT and self.disk.is_full):
+                raise
+            self._settled()
+        else:
+            if is_done:
+                self.expected.flushed()
 
     def idle(self, sectors: int) -> None:
         """The drive has time to move so many sectors."""
@@ -211,6 +220,9 @@ class World:
         try:
             acknowledged = self._perform(act)
         except CommandError as error:
+            if error.status is Status.WRITE_FAULT and self.disk.is_full:
+                self._failed(changes)
+                return
             if error.status not in REFUSALS:
                 raise
             self.refusals.append(error.status)
@@ -221,6 +233,12 @@ class World:
         if acknowledged:
             for change in changes:
                 self.expected.acknowledge(change, is_durable)
+
+    def _failed(self, changes: list[Change]) -> None:
+        """The disk is full; reads go on."""
+        self._settled()
+        for change in changes:
+            self.expected.failed(change, self._values(change.lpn, change.values.size))
 
     def _perform(self, act: Callable[[], None]) -> bool:
         """False: power went within it."""
@@ -255,7 +273,8 @@ class World:
 
     def _open(self, goes_off_at: int | None = None) -> None:
         self.supply = PowerSupply(self._rng)
-        self._files = plug_files(self._patch, self.supply)
+        self.disk.is_full = False
+        self._files = plug_files(self._patch, self.supply, self.disk)
         self._patch.setattr(translation, "CHECKPOINT_BYTES", CHECKPOINT_BYTES)
         self._patch.setattr(translation, "COMMIT_ROWS", COMMIT_ROWS)
         if goes_off_at is not None:
@@ -271,7 +290,7 @@ class World:
         self._media = WatchedMedia(
             faulty, self.config.geometry, self.checkers, lambda: self._tables
         )
-        return self._above(self._media)
+        return self._above(self.disk.around(self._media))
 
     def _listen(self, ftl: Ftl) -> None:
         for name in _REPORTING:

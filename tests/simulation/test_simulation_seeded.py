@@ -17,9 +17,14 @@ pytestmark = pytest.mark.timeout(0 if "CSD_STEPS" in os.environ else 300)
 SHAPES = 40 if "CSD_FULL" in os.environ else 4
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Shown when a test fails."""
+    print(f"replay with CSD_SEED={SEED} CSD_STEPS={STEPS}")  # noqa: T201
+
+
 @pytest.mark.parametrize("make", [SimulatedFtl, SimulatedController])
 def test_a_seeded_run_holds(make: type) -> None:
-    print(f"replay with CSD_SEED={SEED} CSD_STEPS={STEPS}")  # noqa: T201 (shown when it fails)
     rng = np.random.default_rng(SEED)
     with World(rng, make) as world:
         Simulation(world, rng).run(STEPS)

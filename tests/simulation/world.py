@@ -300,8 +300,10 @@ class World:
         def report(*arguments: Any, **words: Any) -> Any:
             result = method(*arguments, **words)
             if result is not None:
+                moved = () if result.moved is None else (result.moved.ppns,)
+                ppns = np.concatenate([result.ppns, *moved])
                 for checker in self.checkers:
-                    checker.reported(result.ppns)
+                    checker.reported(ppns)
             return result
 
         return report

@@ -12,7 +12,7 @@ from world import World, any_drive, small_drive
 from csd_protocol.status import Status
 
 SEED = int(os.environ.get("CSD_SEED", "1"))
-STEPS = int(os.environ.get("CSD_STEPS", "1500"))
+STEPS = int(os.environ.get("CSD_STEPS", "1000"))
 pytestmark = pytest.mark.timeout(0 if "CSD_STEPS" in os.environ else 300)
 SHAPES = 40 if "CSD_FULL" in os.environ else 4
 
@@ -44,9 +44,9 @@ def test_drives_of_many_shapes_hold(seed: int) -> None:
 
 
 def test_power_may_go_within_each_operation_of_a_run() -> None:
-    """The same commands again and again; with CSD_FULL each operation is cut, else every fifth."""
+    """The same commands again and again; with CSD_FULL each operation is cut, else every eighth."""
     losses = 0
-    for operation in range(0, 200, 1 if "CSD_FULL" in os.environ else 5):
+    for operation in range(0, 200, 1 if "CSD_FULL" in os.environ else 8):
         rng = np.random.default_rng(SEED)
         with World(np.random.default_rng(operation)) as world:
             world.lose_power_within(operation)

@@ -42,8 +42,6 @@ class Simulation:
             world.restart: 1,
         }
 
-        self._unanswered = {world.restart, self._idle}  # what has nobody to tell of a full disk
-
     def run(self, steps: int) -> None:
         if self._is_full:
             for lpn in range(0, self._world.sectors, COUNT_MAX):
@@ -54,9 +52,8 @@ class Simulation:
             if self._rng.random() < self._power:
                 self._world.lose_power_within(int(self._rng.integers(0, _OPERATIONS_MAX)))
             self._world.disk.is_full = bool(self._rng.random() < self._full)
-            act = choices[chosen]
-            if not (self._world.disk.is_full and act in self._unanswered):
-                act()
+            if not (self._world.disk.is_full and choices[chosen] == self._world.restart):
+                choices[chosen]()
         self._world.disk.is_full = False
         self._world.read_all()
 

@@ -62,9 +62,6 @@ MAKERS: dict[str, Callable[[Path], Media]] = {
     "ram": lambda folder: RamMedia(SIZE),
     "file": lambda folder: FileMedia(folder / "nand.img", SIZE),
     "decorated": lambda folder: Passing(RamMedia(SIZE)),
-    "on a power supply": lambda folder: PowerLoss(
-        RamMedia(SIZE), PowerSupply(np.random.default_rng(0))
-    ),
     "no bit errors": behind({"bit_errors": {"rate": 0.0}}),
     "bit errors": behind({"bit_errors": {"rate": 7e-3}}),
     "read retries": behind({"bit_errors": {"rate": 1.2e-2}}),
@@ -78,6 +75,9 @@ MAKERS: dict[str, Callable[[Path], Media]] = {
             "program_failures": {"superblocks": [1]},
             "erase_failures": {"superblocks": [1]},
         }
+    ),
+    "on a power supply": lambda folder: PowerLoss(
+        RamMedia(SIZE), PowerSupply(np.random.default_rng(0))
     ),
 }
 

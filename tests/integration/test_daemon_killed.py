@@ -27,7 +27,7 @@ if "CSD_DRIVE" in os.environ:
     pytest.skip("the daemon is elsewhere and not ours to kill", allow_module_level=True)
 
 SEED = int(os.environ.get("CSD_SEED", "1"))
-ROUNDS = 100 if "CSD_FULL" in os.environ else 6
+ROUNDS = 100 if "CSD_FULL" in os.environ else 5
 HOSTS = 4
 SECTORS = 1024  # of each host
 SECTOR_BYTES = 4096

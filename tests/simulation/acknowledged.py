@@ -56,6 +56,17 @@ class Acknowledged:
         if is_durable:
             self._make_durable(change)
 
+    def failed(self, change: Change, found: U64) -> None:
+        """It may have happened or not, by what is read now; a power loss may still tell else."""
+        old = self.now[change.part]
+        wrong = (found != old) & (found != change.values)
+        if wrong.any():
+            raise Broken(NAME, f"sectors {change.lpn + np.flatnonzero(wrong)[:8]} read otherwise")
+        is_torn = (found != old).any() and (found != change.values).any()
+        if change.is_whole and is_torn:
+            raise Broken(NAME, f"a failed write of sectors at {change.lpn} is torn")
+        self.now[change.part] = found
+
     def withdraw(self, change: Change) -> None:
         """It was refused, and nothing changed."""
         self._changes = [other for other in self._changes if other is not change]

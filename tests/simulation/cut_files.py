@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Self
 
 import pytest
+from full_disk import FullDisk
 
 import csd_device.ftl
 from csd_device.nand.faults.power_loss import PowerSupply
@@ -60,8 +61,9 @@ class CutStream:
 class CutFiles:
     """Passes on what it does not name. `close_all` is what the end of a process does."""
 
-    def __init__(self, supply: PowerSupply) -> None:
+    def __init__(self, supply: PowerSupply, disk: FullDisk | None = None) -> None:
         self._supply = supply
+        self._disk = disk or FullDisk()
         self._paths: dict[int, Path] = {}  # of files and folders that are open
         self._synced: dict[Path, bytes] = {}  # of files that have changed since: what they had
         self._renames: list[tuple[Path, bytes | None, Path, bytes]] = []
@@ -88,11 +90,13 @@ class CutFiles:
         os.close(file)
 
     def write(self, file: int, data: Any) -> int:
+        self._disk.take()
         whole = self._begin(file)
         done = os.write(file, data if whole else data[: self._supply.part_of(len(data))])
         return done if whole else self._off()
 
     def pwrite(self, file: int, data: Any, offset: int) -> int:
+        self._disk.take()
         whole = self._begin(file)
         part = data if whole else data[: self._supply.part_of(len(data))]
         done = os.pwrite(file, part, offset)
@@ -118,12 +122,14 @@ class CutFiles:
         if not self._supply.begin():
             self._off()
         os.fsync(file)
-        path = self._paths[file]
-        if path.is_dir():
+        if self.is_folder(file):
             self._renames.clear()
-        self._synced.pop(path, None)
+        self._synced.pop(self._paths[file], None)
 
     fdatasync = fsync
+
+    def is_folder(self, file: int) -> bool:
+        return self._paths[file].is_dir()
 
     def close_all(self) -> None:
         for file in list(self._paths):
@@ -174,9 +180,9 @@ def modules_with_files() -> list[ModuleType]:
     return [module for module in map(import_module, names) if hasattr(module, "os")]
 
 
-def plug_files(patch: pytest.MonkeyPatch, supply: PowerSupply) -> CutFiles:
-    """The FTL's files are on this supply until the patch is undone."""
-    files = CutFiles(supply)
+def plug_files(patch: pytest.MonkeyPatch, supply: PowerSupply, disk: FullDisk) -> CutFiles:
+    """The FTL's files are on this supply and disk until the patch is undone."""
+    files = CutFiles(supply, disk)
     for module in modules_with_files():
         patch.setattr(module, "os", files)
     patch.setattr(Path, "open", lambda path, *rest, **words: files.open_path(path, *rest, **words))

@@ -1,4 +1,4 @@
-"""No cell is programmed twice without an erase between."""
+"""No cell is programmed twice without an erase between, and no page is reported so."""
 
 import numpy as np
 from checker import I64, Watching
@@ -12,7 +12,8 @@ class ProgramChecker(Watching):
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
         self._sectors = np.zeros(geometry.raw_sectors, np.bool_)
-        self._pages = np.zeros(geometry.pages, np.bool_)  # that the FTL reported
+        self._reports = np.zeros(geometry.pages, np.int64)  # since the last erase
+        self._gone = np.zeros(geometry.pages, np.int64)  # programmed, erased and not reported yet
 
     def wrote(self, first_psa: int, sectors: int) -> None:
         found = self._sectors[first_psa : first_psa + sectors]
@@ -22,15 +23,18 @@ class ProgramChecker(Watching):
         found[:] = True
 
     def erased(self, superblock: int) -> None:
-        size = self.geometry.sectors_per_superblock
-        self._sectors[superblock * size : (superblock + 1) * size] = False
-        pages = self.geometry.pages_per_superblock
-        self._pages[superblock * pages : (superblock + 1) * pages] = False
+        size, pages = self.geometry.sectors_per_superblock, self.geometry.pages_per_superblock
+        sectors = self._sectors[superblock * size : (superblock + 1) * size]
+        reports = self._reports[superblock * pages : (superblock + 1) * pages]
+        is_programmed = sectors.reshape(pages, -1).any(axis=1)
+        self._gone[superblock * pages : (superblock + 1) * pages] += is_programmed & (reports == 0)
+        sectors[:] = False
+        reports[:] = 0
 
     def reported(self, ppns: I64) -> None:
-        by_page = self._sectors.reshape(-1, self.geometry.sectors_per_page)
-        standing = ppns[by_page[ppns].any(axis=1)]  # the others were erased again since
-        again = standing[self._pages[standing]]
-        if again.size or np.unique(ppns).size != ppns.size:
-            raise self.broken(f"pages reported as programmed twice: {again} in {ppns}")
-        self._pages[standing] = True
+        found = np.bincount(ppns, minlength=self.geometry.pages)
+        self._reports += np.maximum(found - self._gone, 0)
+        self._gone[:] = 0
+        if (self._reports > 1).any():
+            again = np.flatnonzero(self._reports > 1)
+            raise self.broken(f"pages {again} were reported as programmed twice")

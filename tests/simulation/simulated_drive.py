@@ -4,7 +4,7 @@ Both raise what the FTL raises: PowerCut, and CommandError for what the drive re
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 from unittest.mock import patch
@@ -15,12 +15,14 @@ from csd_device import drive as drive_room
 from csd_device.clock import TimeMode, VirtualClock
 from csd_device.config import SECTOR_BYTES, DriveConfig
 from csd_device.drive import Drive
-from csd_device.errors import CommandError
+from csd_device.errors import CommandError, WriteFault
 from csd_device.firmware import commands as c
 from csd_device.ftl import Ftl
 from csd_device.nand.media import U8, Media
 from csd_device.nand.superblocks import Superblocks
 from csd_protocol.status import Status
+
+_MOVE_NS = 200_000  # of idle time a sector
 
 Wrap = Callable[[Media, Superblocks], Media]
 
@@ -85,7 +87,8 @@ class SimulatedFtl:
     def idle(self, sectors: int) -> None:
         self._now_ns += 1_000_000_000
         self.ftl.pass_time(self._now_ns)
-        self.ftl.work_idle(sectors)
+        with suppress(WriteFault):  # as the firmware: a write that meets it is told
+            self.ftl.work_idle(sectors)
 
     def close(self) -> None:
         self.ftl.close()
@@ -143,8 +146,9 @@ class SimulatedController:
         self._perform(c.Flush())
 
     def idle(self, sectors: int) -> None:
-        self._drive.clock.advance_to(self._drive.clock.now_ns() + 1_000_000_000)
-        self.ftl.work_idle(sectors)
+        """Time passes; the next command finds what the drive did in it."""
+        self._drive.clock.advance_to(self._drive.clock.now_ns() + sectors * _MOVE_NS)
+        self._perform(c.KeepAlive())
 
     def close(self) -> None:
         self._is_closed = True

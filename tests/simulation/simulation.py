@@ -2,8 +2,9 @@
 
     CSD_SEED=7 CSD_STEPS=100000 pytest tests/simulation -k seeded
 
-The weights say how often each command comes. What matters more is where: most commands hit a hot
-eighth of the sectors, so that superblocks hold live and stale data and have to be collected.
+The weights say how often each command comes. What matters more is where: many commands hit a hot
+eighth of the sectors, so that superblocks hold live and stale data and have to be collected. Half
+of the runs start full and stay so.
 """
 
 from collections.abc import Callable
@@ -12,36 +13,48 @@ import numpy as np
 from world import World
 
 COUNT_MAX = 48  # sectors of a command
-_POWER = 0.02  # of steps: power goes soon
+POWER = 0.03  # of steps: power goes soon
 _OPERATIONS_MAX = 30  # until then
 
 
 class Simulation:
     """Random steps on a world."""
 
-    def __init__(self, world: World, rng: np.random.Generator) -> None:
+    def __init__(
+        self, world: World, rng: np.random.Generator, power: float = POWER, full: float = 0.0
+    ) -> None:
+        """`power`: of steps, how often it goes; `full`: how often the disk below is full."""
         self._world = world
         self._rng = rng
+        self._power = power
+        self._full = full
+        self._hot = float(rng.choice([0.0, 0.5, 0.9]))  # share of commands in the hot eighth
+        self._is_full = bool(rng.integers(2))
         self._steps: dict[Callable[[], None], int] = {
             self._write: 40,
             self._read: 15,
-            self._deallocate: 5,
-            self._write_zeroes: 3,
+            self._deallocate: 0 if self._is_full else 5,
+            self._write_zeroes: 0 if self._is_full else 3,
             self._copy: 5,
             self._compare: 4,
             world.flush: 10,
             self._idle: 4,
-            world.lose_power: 1,
             world.restart: 1,
         }
 
     def run(self, steps: int) -> None:
+        if self._is_full:
+            for lpn in range(0, self._world.sectors, COUNT_MAX):
+                self._world.write(lpn, min(COUNT_MAX, self._world.sectors - lpn))
         choices = list(self._steps)
         weights = np.array(list(self._steps.values()), float)
         for chosen in self._rng.choice(len(choices), steps, p=weights / weights.sum()):
-            if self._rng.random() < _POWER:
+            if self._rng.random() < self._power:
                 self._world.lose_power_within(int(self._rng.integers(0, _OPERATIONS_MAX)))
-            choices[chosen]()
+            self._world.disk.is_full = bool(self._rng.random() < self._full)
+            if not (self._world.disk.is_full and choices[chosen] == self._world.restart):
+                choices[chosen]()
+        self._world.disk.is_full = False
         self._world.read_all()
 
     def _write(self) -> None:
@@ -72,6 +85,6 @@ class Simulation:
 
     def _range(self) -> tuple[int, int]:
         sectors = self._world.sectors
-        end = sectors // 8 if self._rng.random() < 0.8 else sectors
+        end = sectors // 8 if self._rng.random() < self._hot else sectors
         lpn = int(self._rng.integers(0, end))
         return lpn, int(self._rng.integers(1, min(COUNT_MAX, sectors - lpn) + 1))

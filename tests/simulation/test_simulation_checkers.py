@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 from checker import Broken
+from cut_files import CutFiles
 from passing_media import PassingMedia
 from simulated_drive import SimulatedFtl
+from simulation import Simulation
 from world import CHECKERS, World, small_drive
 
+from csd_device.errors import DriveRefused
 from csd_device.ftl import Ftl, PagePrograms
 from csd_device.nand.media import U8, Media, Pieces
 
@@ -132,6 +135,31 @@ def _plant_shared_sectors(patch: pytest.MonkeyPatch) -> type[PassingMedia]:
     return PassingMedia
 
 
+class NeverSynced(PassingMedia):
+    """Media whose sync answers at once."""
+
+    def sync(self) -> None: ...
+
+
+def _sync_no(what: str) -> Callable[[CutFiles, int], None]:
+    """An fsync that does nothing to a file, or to a folder."""
+    sync = CutFiles.fsync
+
+    def syncing(files: CutFiles, file: int) -> None:
+        if files.is_folder(file) != (what == "folder"):
+            sync(files, file)
+
+    return syncing
+
+
+FORGOTTEN_SYNCS: dict[str, tuple[type[PassingMedia], dict[str, Any]]] = {
+    "of the media": (NeverSynced, {}),
+    "of the journal": (PassingMedia, {"fdatasync": lambda files, file: None}),
+    "of other files": (PassingMedia, {"fsync": _sync_no("file")}),
+    "of the folder": (PassingMedia, {"fsync": _sync_no("folder")}),
+}
+
+
 class TornWorld(World):
     """The world that a planted bug finds its power supply in."""
 
@@ -179,3 +207,20 @@ def test_and_by_no_other(bug: str) -> None:
     """The dictionary is always there: that it sees nothing is part of this."""
     name, plant = PLANTED[bug]
     run(plant, name)
+
+
+@pytest.mark.parametrize("what", sorted(FORGOTTEN_SYNCS))
+def test_a_forgotten_sync_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Power losses lose data, or leave a folder that cannot be opened, within a few seeds."""
+    above, methods = FORGOTTEN_SYNCS[what]
+    for name, method in methods.items():
+        monkeypatch.setattr(CutFiles, name, method)
+
+    def some_runs() -> None:
+        for seed in range(6):
+            rng = np.random.default_rng(seed)
+            with World(rng, above=above) as world:
+                Simulation(world, rng).run(600)
+
+    with pytest.raises((Broken, DriveRefused)):
+        some_runs()

@@ -18,6 +18,7 @@ from acknowledged import Acknowledged, Change
 from checker import Broken, Checker, Tables, Watching
 from cut_files import plug_files
 from freed_checker import FreedChecker
+from full_disk import FullDisk
 from inverse_checker import InverseChecker
 from order_checker import OrderChecker
 from program_checker import ProgramChecker
@@ -27,7 +28,7 @@ from watched_media import WatchedMedia
 
 from csd_device.config import SECTOR_BYTES, DriveConfig, load_config
 from csd_device.errors import CommandError
-from csd_device.ftl import Ftl
+from csd_device.ftl import Ftl, translation
 from csd_device.nand.faults.power_loss import PowerCut, PowerLoss, PowerSupply
 from csd_device.nand.media import Media
 from csd_device.nand.superblocks import Superblocks
@@ -41,6 +42,7 @@ CHECKERS: tuple[type[Watching], ...] = (
     ValidChecker,
     FreedChecker,
 )
+CHECKPOINT_BYTES, COMMIT_ROWS = 16 << 10, 100  # low, so that both are often reached
 COPY_PIECE = 256  # sectors of a copy that are written at once; each is all or nothing
 REFUSALS = {Status.CAPACITY_EXCEEDED, Status.WRITE_PROTECTED}  # nothing changed
 _REPORTING = ("write", "deallocate", "write_zeroes", "deallocate_all", "flush", "work_idle")
@@ -52,7 +54,7 @@ def _clean(media: Media) -> Media:
     return media
 
 
-def small_drive() -> DriveConfig:
+def small_drive(geometry: dict[str, int] | None = None, **ftl: Any) -> DriveConfig:
     """24 superblocks of 8 pages of 4 sectors: 3 MiB of NAND, 2 MiB for the host, 3 spares."""
     drive = load_config("tiny").model_dump()
     drive["geometry"] |= {
@@ -61,11 +63,31 @@ def small_drive() -> DriveConfig:
         "planes_per_die": 2,
         "blocks_per_plane": 24,
         "pages_per_block": 2,
+        **(geometry or {}),
     }
     drive["dram"] |= {"window_bytes": 1 << 16, "unit_cache_bytes": 1 << 16}
     drive["queues"] |= {"mdts_bytes": 256 << 10}
-    drive["ftl"] |= {"over_provisioning": 0.33}
+    drive["ftl"] |= {"over_provisioning": 0.33, **ftl}
     return DriveConfig.model_validate(drive)
+
+
+def any_drive(rng: np.random.Generator) -> DriveConfig:
+    """One of many small drives: other shapes and policies, and no spares more often than not.
+
+    Limits of wear, reads and age are low, so that data is on its way for those reasons too.
+    """
+    pages, planes = int(rng.integers(1, 5)), int(rng.integers(1, 3))
+    superblock = 2 * planes * pages * 16384
+    holding = -(-(2 << 20) // superblock)
+    least = holding + 4 + -(-(256 << 10) // superblock) - 1
+    blocks = least + int(rng.choice([0, 0, 0, 1, 4]))
+    return small_drive(
+        {"planes_per_die": planes, "pages_per_block": pages, "blocks_per_plane": blocks},
+        over_provisioning=1 - (2 << 20) / (blocks * superblock) - 1e-9,
+        gc_policy=str(rng.choice(["greedy", "cost-benefit", "weights"])),
+        wear_spread=int(rng.choice([0, 2, 8])),
+        reclaim_reads=int(rng.choice([0, 20, 200])),
+    )
 
 
 class World:
@@ -88,6 +110,7 @@ class World:
         self.checkers: list[Checker] = [kind(self.config.geometry) for kind in checkers]
         self.power_losses = self.stamp = 0
         self.refusals: list[Status] = []
+        self.disk = FullDisk()
         self._rng = rng
         self._make = make
         self._faults, self._above = faults, above
@@ -139,8 +162,15 @@ class World:
         self.read(0, self.sectors)
 
     def flush(self) -> None:
-        if self._perform(lambda: self.subject.flush()):
-            self.expected.flushed()
+        try:
+            is_done = self._perform(lambda: self.subject.flush())
+        except CommandError as error:
+            if not (error.status is Status.WRITE_FAULT and self.disk.is_full):
+                raise
+            self._settled()
+        else:
+            if is_done:
+                self.expected.flushed()
 
     def idle(self, sectors: int) -> None:
         """The drive has time to move so many sectors."""
@@ -190,6 +220,9 @@ class World:
         try:
             acknowledged = self._perform(act)
         except CommandError as error:
+            if error.status is Status.WRITE_FAULT and self.disk.is_full:
+                self._failed(changes)
+                return
             if error.status not in REFUSALS:
                 raise
             self.refusals.append(error.status)
@@ -200,6 +233,12 @@ class World:
         if acknowledged:
             for change in changes:
                 self.expected.acknowledge(change, is_durable)
+
+    def _failed(self, changes: list[Change]) -> None:
+        """The disk is full; reads go on."""
+        self._settled()
+        for change in changes:
+            self.expected.failed(change, self._values(change.lpn, change.values.size))
 
     def _perform(self, act: Callable[[], None]) -> bool:
         """False: power went within it."""
@@ -234,7 +273,10 @@ class World:
 
     def _open(self, goes_off_at: int | None = None) -> None:
         self.supply = PowerSupply(self._rng)
-        self._files = plug_files(self._patch, self.supply)
+        self.disk.is_full = False
+        self._files = plug_files(self._patch, self.supply, self.disk)
+        self._patch.setattr(translation, "CHECKPOINT_BYTES", CHECKPOINT_BYTES)
+        self._patch.setattr(translation, "COMMIT_ROWS", COMMIT_ROWS)
         if goes_off_at is not None:
             self.supply.go_off_at(goes_off_at)
         self.subject = self._make(self._folder / "d", self.config, self._wrap)
@@ -248,7 +290,7 @@ class World:
         self._media = WatchedMedia(
             faulty, self.config.geometry, self.checkers, lambda: self._tables
         )
-        return self._above(self._media)
+        return self._above(self.disk.around(self._media))
 
     def _listen(self, ftl: Ftl) -> None:
         for name in _REPORTING:
@@ -258,8 +300,10 @@ class World:
         def report(*arguments: Any, **words: Any) -> Any:
             result = method(*arguments, **words)
             if result is not None:
+                moved = () if result.moved is None else (result.moved.ppns,)
+                ppns = np.concatenate([result.ppns, *moved])
                 for checker in self.checkers:
-                    checker.reported(result.ppns)
+                    checker.reported(ppns)
             return result
 
         return report

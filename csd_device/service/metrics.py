@@ -29,6 +29,7 @@ PATH = "/metrics"
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_TIMEOUT_S = 5.0
 _REQUEST_BYTES_MAX = 8192
+_SCRAPES_MAX = 16  # at once; the loop is select(2), whose descriptors are few
 
 _COUNTERS = {
     "host_read_commands": "Read and Compare commands",
@@ -67,8 +68,13 @@ async def serve_metrics(drive: Drive, address: TcpAddress) -> MetricsServer:
     """Answers scrapes until it is closed. Raises DriveRefused when nothing can listen there."""
     registry = CollectorRegistry()
     registry.register(DriveCollector(drive))
+    asking: set[asyncio.StreamWriter] = set()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(asking) >= _SCRAPES_MAX:
+            writer.close()
+            return
+        asking.add(writer)
         try:
             async with asyncio.timeout(_REQUEST_TIMEOUT_S):
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -79,6 +85,7 @@ async def serve_metrics(drive: Drive, address: TcpAddress) -> MetricsServer:
         except asyncio.LimitOverrunError:
             writer.write(_http("431 Request Header Fields Too Large", b""))
         finally:
+            asking.discard(writer)
             writer.close()
 
     try:

@@ -1,6 +1,13 @@
 """The driver: links to a drive, queue pairs over them, and `Drive`, which the host uses."""
 
-from host_client.driver.commands import Residency, Staged, StagedSite, StageTarget, Timing
+from host_client.driver.commands import (
+    AsyncEvent,
+    Residency,
+    Staged,
+    StagedSite,
+    StageTarget,
+    Timing,
+)
 from host_client.driver.drive import Drive
 from host_client.driver.errors import (
     CommandFailed,
@@ -13,6 +20,7 @@ from host_client.driver.errors import (
 from host_client.driver.queue_pair import PendingCommand
 
 __all__ = [
+    "AsyncEvent",
     "CommandFailed",
     "Drive",
     "DriveError",

@@ -14,6 +14,7 @@ from csd_device.firmware.controller import Controller
 from csd_device.firmware.counters import Counters
 from csd_device.firmware.event_log import Happening
 from csd_device.firmware.flash_health import FlashHealth, flash_health
+from csd_device.firmware.identify import FIRMWARE_REVISION
 from csd_device.firmware.log_folder import LogFolder
 from csd_protocol.units import NS_PER_S
 
@@ -45,7 +46,7 @@ def power_on(controller: Controller) -> None:
     """A power cycle begins; one that was not ended in order is noted."""
     folder, counters = controller.folder, controller.counters
     counters.power_cycles += 1
-    note(controller, Happening.POWER_ON, firmware=controller.config.name)
+    note(controller, Happening.POWER_ON, firmware=FIRMWARE_REVISION)
     for damage in folder.damage:
         note(controller, Happening.LOG_DAMAGED, reason=damage)
     if folder.life is not None and not folder.life.get("clean"):

@@ -58,29 +58,24 @@ def smart_tables(page: Page) -> list[Table]:
 
 def error_tables(page: Page) -> list[Table]:
     title = f"errors, newest first; {page['error_count']:,} in the drive's life"
-    table = _table(title, "number", "power cycle", "at", "queue", "CID", "command", "status", "why")
+    table = _table(title, "number", "when", "command", "status and why")
     for entry in page["entries"]:
         table.add_row(
             str(entry["error_count"]),
-            str(entry["power_cycle"]),
-            format_ns(entry["at_ns"]),
-            str(entry["queue"]),
-            str(entry["cid"]),
-            entry["command"],
-            entry["status"],
-            entry["detail"],
+            _when(entry),
+            f"{entry['command']}\nqueue {entry['queue']}, CID {entry['cid']}",
+            f"{entry['status']}: {entry['detail']}",
         )
     return [table]
 
 
 def event_tables(page: Page) -> list[Table]:
     title = f"events, newest first; {page['total_number_of_events']:,} in the drive's life"
-    table = _table(title, "number", "power cycle", "at", "event", "")
+    table = _table(title, "number", "when", "event", "")
     for entry in page["events"]:
         table.add_row(
             str(entry["event_number"]),
-            str(entry["power_cycle"]),
-            format_ns(entry["at_ns"]),
+            _when(entry),
             entry["event"].replace("_", " "),
             ", ".join(f"{name} {value}" for name, value in entry["detail"].items()),
         )
@@ -162,6 +157,10 @@ def _quantile(bounds_ns: list[int], counts: list[int], share: float) -> str:
         if left <= 0:
             return f"≤ {format_ns(bound_ns)}"
     return f"> {format_ns(bounds_ns[-1])}"
+
+
+def _when(entry: Page) -> str:
+    return f"power cycle {entry['power_cycle']},\n{format_ns(entry['at_ns'])}"
 
 
 def _data_units(units: int) -> str:

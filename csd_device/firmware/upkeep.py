@@ -19,7 +19,7 @@ from csd_device.firmware.log_folder import LogFolder
 from csd_protocol.units import NS_PER_S
 
 TICK_NS = NS_PER_S
-SAVE_COMMANDS = 256
+SAVE_COMMANDS = 1024
 FLUSH_SAVE_COMMANDS = 32
 SPARE_LOW, TEMPERATURE, RELIABILITY, READ_ONLY = 1, 2, 4, 8  # critical warning bits
 _EVENTS: dict[int, AsyncEventResult] = {

@@ -20,14 +20,16 @@ import numpy.typing as npt
 from csd_device.clock import Clock, TimeMode
 from csd_device.config import DriveConfig
 from csd_device.dram import Arena, UnitCache, Window
-from csd_device.errors import CommandError
+from csd_device.errors import CommandError, DriveRefused
 from csd_device.firmware import Controller, QueuePair, upkeep
 from csd_device.firmware.batch import read_batch, read_closed_loop
 from csd_device.firmware.controller import Upkeep
 from csd_device.firmware.dispatch import note_failure
 from csd_device.firmware.event_log import EventLog
+from csd_device.firmware.fault_injection import FaultInjection
 from csd_device.firmware.features import Features
 from csd_device.firmware.hosts import HostTable
+from csd_device.firmware.idle_work import IdleWork
 from csd_device.firmware.log_folder import LogFolder
 from csd_device.firmware.logs import ErrorLog
 from csd_device.firmware.memory_ranges import UNIT_CACHE, WINDOW
@@ -39,6 +41,7 @@ from csd_device.firmware.telemetry import telemetry_report
 from csd_device.firmware.thermal import Thermal
 from csd_device.ftl import Ftl
 from csd_device.nand import Timeline
+from csd_device.nand.faults import FaultCounters, Surroundings
 from csd_protocol.status import Status
 
 U8 = npt.NDArray[np.uint8]
@@ -84,7 +87,9 @@ class Drive:
         except BaseException:
             ftl.close()
             raise
-        return cls(_assemble(config, media_path, serial, clock, time_mode, ftl, window))
+        drive = cls(_assemble(config, media_path, serial, clock, time_mode, ftl, window))
+        drive._begin_faults()
+        return drive
 
     @property
     def clock(self) -> Clock:
@@ -177,6 +182,14 @@ class Drive:
         finally:
             self._controller.ftl.close()
 
+    def _begin_faults(self) -> None:
+        """What `[faults]` says is on from here on. Raises DriveRefused, the drive closed."""
+        try:
+            self._controller.faults.apply(self.config.faults, self._controller.stager.window)
+        except (ValueError, CommandError) as error:
+            self.close()
+            raise DriveRefused(f"[faults] of {self.config.name}: {error}") from error
+
     def _forget_closed(self) -> None:
         closed = [number for number, queue in self._queues.items() if queue.is_closed]
         for number in closed:
@@ -200,12 +213,15 @@ def _assemble(
     arena.allot(UNIT_CACHE, config.dram.unit_cache_bytes)
     stager = Stager(ftl, window, UnitCache(config.dram.unit_cache_bytes))
     timeline = Timeline(config.geometry, config.timing)
+    timed = time_mode is not TimeMode.OFF
+    around = Surroundings(config, ftl.superblocks, clock.now_ns, FaultCounters())
+    time = DriveTime(config, timeline) if timed else None
     controller = Controller(
         config=config,
         serial=serial,
         clock=clock,
         time_mode=time_mode,
-        time=None if time_mode is TimeMode.OFF else DriveTime(config, timeline),
+        time=time,
         ftl=ftl,
         arena=arena,
         stager=stager,
@@ -218,6 +234,8 @@ def _assemble(
         errors=ErrorLog(folder, error_count),
         history=EventLog(folder),
         upkeep=Upkeep(Thermal(config.thermal)),
+        idle=IdleWork(ftl, time),
+        faults=FaultInjection(config, ftl, timeline if timed else None, around),
     )
     upkeep.power_on(controller)
     for error in controller.programs.refused:

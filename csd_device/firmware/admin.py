@@ -65,6 +65,8 @@ def _log_page(controller: Controller, command: GetLogPage, now_ns: int) -> bytes
     return json.dumps(report(controller, now_ns)).encode()
 
 
+_CHANGE_SHOWN = 200  # characters of what a fault was switched with
+
 _REPORTS: dict[int, Callable[[Controller, int], dict[str, Any]]] = {
     LogPage.ERROR: lambda controller, _: controller.errors.report(),
     LogPage.SMART: smart_report,
@@ -76,8 +78,14 @@ _REPORTS: dict[int, Callable[[Controller, int], dict[str, Any]]] = {
 
 
 def handle_set_features(context: Context, command: SetFeatures) -> None:
-    """Raises CommandError (Invalid Field); also for a trace of a drive without time."""
+    """Raises CommandError (Invalid Field) naming what is wrong, a trace without time too."""
     controller = context.controller
+    if command.feature_id == Feature.FAULT_INJECTION:
+        controller.faults.change(command.data, controller.stager.window)
+        upkeep.note(
+            controller, Happening.FAULT_SWITCHED, change=command.data.decode()[:_CHANGE_SHOWN]
+        )
+        return
     if command.feature_id == Feature.TRACE:
         check_traceable(controller)
     controller.features.set(command.feature_id, command.value)
@@ -88,7 +96,10 @@ def handle_set_features(context: Context, command: SetFeatures) -> None:
     upkeep.check_warnings(controller)
 
 
-def handle_get_features(context: Context, command: GetFeatures) -> Dword0:
+def handle_get_features(context: Context, command: GetFeatures) -> Dword0 | Data:
+    """Raises CommandError (Invalid Field) for a feature that is not there."""
+    if command.feature_id == Feature.FAULT_INJECTION:
+        return _json(context.controller.faults.report())
     return Dword0(context.controller.features.get(command.feature_id))
 
 

@@ -41,6 +41,7 @@ class Abort:
 class SetFeatures:
     feature_id: int
     value: int
+    data: bytes = b""  # a JSON object, for features that are more than a number
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ from csd_device.dram import Arena
 from csd_device.firmware.counters import BusyTime, Counters
 from csd_device.firmware.event_log import EventLog
 from csd_device.firmware.events import EventRequests
+from csd_device.firmware.fault_injection import FaultInjection
 from csd_device.firmware.features import Features
 from csd_device.firmware.hosts import HostTable
+from csd_device.firmware.idle_work import IdleWork
 from csd_device.firmware.latency import Latencies
 from csd_device.firmware.log_folder import LogFolder
 from csd_device.firmware.logs import ErrorLog, StageLog
@@ -73,6 +75,8 @@ class Controller:
     errors: ErrorLog
     history: EventLog
     upkeep: Upkeep
+    idle: IdleWork
+    faults: FaultInjection
     stages: StageLog = field(default_factory=StageLog)
     events: dict[int, EventRequests] = field(default_factory=dict)  # by queue pair
     queues: dict[int, OpenQueue] = field(default_factory=dict)  # those open, by identifier

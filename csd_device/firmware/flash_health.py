@@ -21,11 +21,12 @@ class FlashHealth:
 
 def flash_health(ftl: Ftl, config: DriveConfig) -> FlashHealth:
     figures = ftl.counters()
+    spares = figures.spare_superblocks_initial
     used = int(100 * figures.erases_mean / config.endurance.rated_cycles)
     return FlashHealth(
-        available_spare=100,
+        available_spare=100 * figures.spare_superblocks // spares if spares else 100,
         percentage_used=min(used, PERCENTAGE_USED_MAX),
-        bad_superblocks=0,
-        is_read_only=False,
+        bad_superblocks=figures.bad_superblocks,
+        is_read_only=figures.is_read_only,
         written_bytes=figures.pages_programmed * config.geometry.page_bytes,
     )

@@ -41,7 +41,7 @@ class LogFolder:
         try:
             self._folder.mkdir(exist_ok=True)
             if durable:
-                replace_file(path, data)
+                replace_file(path, [data])
             else:
                 fresh = path.with_name(LIFE_NAME + ".new")
                 fresh.write_bytes(data)
@@ -71,7 +71,7 @@ class LogFolder:
         self.close()
         try:
             self._folder.mkdir(exist_ok=True)
-            replace_file(self._folder / RECORDS_NAME, b"".join(map(_seal, records)))
+            replace_file(self._folder / RECORDS_NAME, map(_seal, records))
         except OSError as error:
             self.write_error = str(error)
         self._record_count = len(records)

@@ -35,6 +35,7 @@ def smart_report(controller: Controller, now_ns: int) -> dict[str, Any]:
         **_usage(controller, counters),
         **counters.as_object(),
         "flash": asdict(controller.ftl.counters()),
+        "faults": asdict(controller.faults.counters),
     }
 
 

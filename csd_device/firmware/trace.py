@@ -149,9 +149,18 @@ class TracedNand:
     def __init__(self, timeline: Timeline, trace: Trace) -> None:
         self._timeline = timeline
         self._trace = trace
-        self.state: Any = timeline.state
-        self.rules: Any = timeline.rules
-        self.read: Any = timeline.read
+
+    @property
+    def state(self) -> Any:
+        return self._timeline.state
+
+    @property
+    def rules(self) -> Any:
+        return self._timeline.rules
+
+    @property
+    def read(self) -> Any:
+        return self._timeline.read
 
     def read_pages(
         self, arrival_ns: int, ppns: I64, transfer_bytes: I64, extra_ns: I64 | None = None
@@ -175,6 +184,9 @@ class TracedNand:
 
     def busy_times(self) -> BusyTimes:
         return self._timeline.busy_times()
+
+    def idle_ns(self) -> int:
+        return self._timeline.idle_ns()
 
     def _tell(self, name: str, operate: Callable[[], I64]) -> I64:
         bus, trace = self._timeline.state.bus, self._trace

@@ -131,7 +131,7 @@ _READERS: dict[tuple[int, int], tuple[str, Reader]] = {
     (_ADMIN, AdminOpcode.ABORT): ("abort", lambda body: fw.Abort(body.cid)),
     (_ADMIN, AdminOpcode.SET_FEATURES): (
         "features",
-        lambda body: fw.SetFeatures(body.feature_id, body.value),
+        lambda body: fw.SetFeatures(body.feature_id, body.value, body.data),
     ),
     (_ADMIN, AdminOpcode.GET_FEATURES): (
         "features",

@@ -60,6 +60,9 @@ class Commands(OnDemandGroup):
             "trace",
             "Record what the drive does, for ui.perfetto.dev.",
         ),
+        "faults": Entry(
+            f"{_CLI}.fault_commands", "app", "Faults of the drive: show, set and clear."
+        ),
         "predictor": Entry(
             f"{_CLI}.predictor_commands",
             "app",

@@ -173,6 +173,26 @@ class Drive:
             with suppress(DriveLost):
                 self.set_feature(Feature.TRACE, 0)
 
+    def faults(self) -> dict[str, Any]:
+        """The settings of each fault (None: off), their seed, and `counters` of what they did."""
+        return self._call(entries.get_faults())
+
+    def set_faults(
+        self, name: str, settings: Mapping[str, Any] | None, seed: int | None = None
+    ) -> None:
+        """Switches one fault on with these settings, or off (None). docs/FAULTS.md has them.
+
+        `seed` is shared by all faults; None leaves it. Others go on as they were.
+        """
+        change: dict[str, Any] = {"name": name, "settings": settings}
+        if seed is not None:
+            change["seed"] = seed
+        self._queue.submit(entries.set_faults(change), entries.nothing).result()
+
+    def clear_faults(self) -> None:
+        """Switches all faults off."""
+        self._queue.submit(entries.set_faults({}), entries.nothing).result()
+
     def alive(self) -> bool:
         """Whether the drive answers within a second."""
         try:

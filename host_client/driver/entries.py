@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from csd_protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from csd_protocol.csd.v1 import csd_pb2 as pb
-from csd_protocol.opcodes import AdminOpcode, ComputeOpcode, NvmOpcode
+from csd_protocol.opcodes import AdminOpcode, ComputeOpcode, Feature, NvmOpcode
 from host_client.driver.commands import (
     F32,
     U32,
@@ -72,6 +72,19 @@ def get_log_page(log_id: int, offset_bytes: int = 0, length_bytes: int = 0) -> C
     """`length_bytes` 0: to the end of the page."""
     body = pb.GetLogPage(log_id=log_id, offset_bytes=offset_bytes, length_bytes=length_bytes)
     return _admin(f"Get Log Page {log_id:02X}h", AdminOpcode.GET_LOG_PAGE, get_log_page=body)
+
+
+def set_faults(change: Mapping[str, Any]) -> Command:
+    """`change`: {"name": ..., "settings": {...} or None: off}; empty: all faults off."""
+    data = json.dumps(change).encode()
+    body = pb.Features(feature_id=Feature.FAULT_INJECTION, data=data)
+    what = f"Set Features: fault {change.get('name', 'injection')}"
+    return _admin(what, AdminOpcode.SET_FEATURES, features=body)
+
+
+def get_faults() -> Command:
+    body = pb.Features(feature_id=Feature.FAULT_INJECTION)
+    return _admin("Get Features: fault injection", AdminOpcode.GET_FEATURES, features=body)
 
 
 def abort(cid: int) -> Command:

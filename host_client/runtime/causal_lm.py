@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from csd_protocol.packed import PackedModel
 from host_client.driver import Drive
-from host_client.io import Buffer, Reader, open_reader
+from host_client.io import Buffer, WindowReader, open_reader
 from host_client.io.opening import Kind as ReaderKind
 from host_client.model.catalog import open_model, read_crc_table, read_frequencies
 from host_client.model.source import name_on_drive
@@ -46,7 +46,7 @@ class CsdRuntime:
     plan: Plan
     engine: Engine
     tally: Tally
-    reader: Reader
+    reader: WindowReader
     weights_bytes: int  # host memory that was allocated for units and staging buffers
     predictor: str | None  # kind of the program that guides, None at exact quality
     owned: ExitStack = field(default_factory=ExitStack)
@@ -139,7 +139,8 @@ def _start(
     guidance, predictor = _guidance(drive, packed, settings.quality, settings.lookahead)
     tally = Tally()
     readers = [
-        undo.enter_context(open_reader(drive.window_path, settings.reader)) for _ in range(2)
+        undo.enter_context(WindowReader(lambda: open_reader(drive.window_path, settings.reader)))
+        for _ in range(2)
     ]
     checksums = Checksums(packed, read_crc_table(drive, packed))
     fetcher = Fetcher(drive, model_id, readers[0], checksums, tally)

@@ -17,16 +17,16 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from csd_protocol.packed import Site
 from host_client.driver import Drive, DriveLost, PendingCommand, Staged, StagedSite, StageTarget
-from host_client.io import Buffer, Extent, Reader
+from host_client.io import Buffer, Extent, WindowLost, WindowReader
 from host_client.runtime.checksums import Checksums
-from host_client.runtime.fetch import STAGE_TIMEOUT_S
+from host_client.runtime.fetch import STAGE_TIMEOUT_S, WINDOW_LOSSES_MAX
 from host_client.runtime.plan import STAGE_ALIGN_BYTES
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
@@ -90,6 +90,7 @@ class Arrival:
 class _Request:
     step: Step
     wanted: tuple[Wanted, ...]  # the step's, less what is resident anyway
+    generation: int  # of the window when it was asked for
     arrived: "queue.SimpleQueue[Arrival | BaseException]"
 
 
@@ -109,7 +110,7 @@ class Prefetcher:
         self,
         drive: Drive,
         model: int,
-        reader: Reader,
+        reader: WindowReader,
         checksums: Checksums,
         resident: dict[int, ResidentSite],
         buffers: list[Buffer],
@@ -153,8 +154,10 @@ class Prefetcher:
 
         hidden: float32 [rows, hidden], what the program looks at.
         """
+        generation = self._reader.generation
         requests = tuple(
-            _Request(step, self._lacking(step, keep), queue.SimpleQueue()) for step in steps
+            _Request(step, self._lacking(step, keep), generation, queue.SimpleQueue())
+            for step in steps
         )
         targets = [_target(wanted, keep) for request in requests for wanted in request.wanted]
         release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
@@ -246,11 +249,9 @@ class Prefetcher:
     def _read(
         self, request: _Request, staged: list[StagedSite], buffer: Buffer, arrival: Arrival
     ) -> None:
-        offsets, extents, end = [], [], 0
+        offsets, end = [], 0
         for site in staged:
             offsets.append(end)
-            if site.length_bytes:
-                extents.append(Extent(site.window_offset, site.length_bytes, buffer, end))
             end += -(-site.length_bytes // STAGE_ALIGN_BYTES) * STAGE_ALIGN_BYTES
         if end > self._buffer_bytes:
             raise WindowTooSmall(
@@ -258,17 +259,52 @@ class Prefetcher:
                 f"{self._buffer_bytes}"
             )
         started_ns = self.timeline.now_ns() if self.timeline else 0
-        self._reader.read(extents)
+        self._read_window(request, staged, buffer, offsets)
         for wanted, site, offset in zip(request.wanted, staged, offsets, strict=True):
             arrival.blocks[site.site] = self._block(wanted, site, buffer, offset)
         if self.timeline is not None:
             self.timeline.note(READING, f"read and check step {request.step.number}", started_ns)
 
+    def _read_window(
+        self, request: _Request, staged: list[StagedSite], buffer: Buffer, offsets: list[int]
+    ) -> None:
+        """Reads what was staged; stages again what a window that went away took with it."""
+        generation = request.generation
+        for losses_left in reversed(range(WINDOW_LOSSES_MAX)):
+            extents = [
+                Extent(site.window_offset, site.length_bytes, buffer, offset)
+                for site, offset in zip(staged, offsets, strict=True)
+                if site.length_bytes
+            ]
+            try:
+                return self._reader.read(extents, generation)
+            except WindowLost:
+                if not losses_left:
+                    raise
+            generation = self._reader.generation
+            self._stage_again(staged)
+        return None
+
+    def _stage_again(self, staged: list[StagedSite]) -> None:
+        """Puts the same units of each site into the window of now; `staged` then says where."""
+        targets = [
+            StageTarget(site=site.site, units=self._units_of(site), ignore_residency=True)
+            for site in staged
+        ]
+        again = self._drive.stage(self._model, targets).result(STAGE_TIMEOUT_S)
+        self._tally.add_staged(again)
+        self._read_leases.extend(site.lease for site in staged if site.lease)
+        staged[:] = [
+            replace(site, window_offset=new.window_offset, lease=new.lease)
+            for site, new in zip(staged, again.sites, strict=True)
+        ]
+
+    def _units_of(self, staged: StagedSite) -> U32:
+        return self._resident[staged.site].missing if staged.units is None else staged.units
+
     def _block(self, wanted: Wanted, staged: StagedSite, buffer: Buffer, offset: int) -> Block:
         site = wanted.site
-        units = staged.units
-        if units is None:
-            units = self._resident[site.site].missing
+        units = self._units_of(staged)
         values = buffer.array[offset : offset + staged.length_bytes]
         values = values.reshape(units.size, site.unit_bytes)
         self._checksums.verify(site, units, values)

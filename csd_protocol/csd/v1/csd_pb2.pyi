@@ -273,7 +273,7 @@ class CompletionEntry(_message.Message):
     sq_head: _builtins.int
     """entries of this queue completed so far, modulo 65536"""
     data: _builtins.bytes
-    """Read, and structures that a log page or Identify returns as JSON"""
+    """Read; what a log page, Identify or feature C0h returns as JSON"""
     dword0: _builtins.int
     """Abort, Get Features, Load Program (program identifier)"""
     @_builtins.property
@@ -554,18 +554,22 @@ class Features(_message.Message):
 
     FEATURE_ID_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
     feature_id: _builtins.int
     value: _builtins.int
     """Set Features only"""
+    data: _builtins.bytes
+    """Set Features of C0h: a JSON object, one fault and its settings"""
     def __init__(
         self,
         *,
         feature_id: _builtins.int = ...,
         value: _builtins.int = ...,
+        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_id", b"feature_id", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "feature_id", b"feature_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

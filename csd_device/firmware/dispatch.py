@@ -74,6 +74,8 @@ def note_failure(
         upkeep.note_media_error(controller, error.detail)
     if error.status is Status.WRITE_FAULT:
         upkeep.raise_everywhere(controller, WRITE_ERROR)
+    if error.status is Status.WRITE_PROTECTED:
+        upkeep.check_warnings(controller)
 
 
 def _count(counters: Counters, kind: type) -> None:

@@ -5,11 +5,15 @@ import json
 import pytest
 
 from csd_device.clock import TimeMode
+from csd_device.config import load_config
+from csd_device.fault_config import Failures, FaultsConfig
 from csd_device.firmware import commands as c
 from csd_device.firmware import upkeep
 from csd_device.firmware.flash_health import FlashHealth
 from csd_protocol.opcodes import Feature, LogPage
+from csd_protocol.status import Status
 
+BLOCK = 4096
 FOREVER = 1 << 62
 HEALTHY = FlashHealth(
     available_spare=100, percentage_used=0, bad_superblocks=0, is_read_only=False, written_bytes=0
@@ -117,3 +121,25 @@ def test_warnings_are_looked_at_as_time_passes(open_drive, make_host):
     drive.clock.advance_to(600 * 10**9)  # idling warms it from ambient
     host.submit(c.KeepAlive())
     assert [event.info for event in told(host, [request])] == [1]
+
+
+def test_a_drive_that_wears_out_says_so_step_by_step(open_drive, make_host):
+    """Program failures use up the spares; then the drive is read-only."""
+    failing = FaultsConfig(program_failures=Failures(rate=0.02))
+    drive = open_drive(config=load_config("tiny").model_copy(update={"faults": failing}))
+    host = make_host(drive)
+    refused, spares = False, [smart(host)["available_spare"]]
+    while not refused:
+        refused = host.run(c.Write(0, bytes(64 * BLOCK), fua=True)).status is Status.WRITE_PROTECTED
+        spares.append(smart(host)["available_spare"])
+    assert (spares[0], spares[-1]) == (100, 0)
+    assert spares == sorted(spares, reverse=True)
+    health = smart(host)
+    assert health["critical_warning"] & (upkeep.SPARE_LOW | upkeep.READ_ONLY) == 9
+    history = json.loads(host.ok(c.GetLogPage(LogPage.EVENTS)).result.data)["events"]
+    names = [entry["event"] for entry in reversed(history)]
+    assert names.index("bad_blocks") < names.index("spare_below_threshold")
+    assert names.index("spare_below_threshold") <= names.index("read_only")
+    drive.close()
+    again = make_host(open_drive())
+    assert smart(again)["critical_warning"] & upkeep.READ_ONLY

@@ -6,6 +6,7 @@ alone finds its room made, and one that is never left alone pays for it with its
 has begun is finished, and the command waits for it where they meet.
 """
 
+from csd_device.errors import WriteFault
 from csd_device.firmware.modelled_time import CommandTime, DriveTime
 from csd_device.ftl import Ftl
 
@@ -29,11 +30,17 @@ class IdleWork:
         self._arrived_ns = now_ns
         if self._time is None or not was_long:
             return
-        at_ns = self._time.nand.idle_ns() + IDLE_AFTER_NS
+        try:
+            self._work(self._time, now_ns)
+        except WriteFault:
+            return  # nothing is lost; a write that meets it is told
+
+    def _work(self, time: DriveTime, now_ns: int) -> None:
+        at_ns = time.nand.idle_ns() + IDLE_AFTER_NS
         for _ in range(STEPS_MAX):
             programs = self._ftl.work_idle(STEP_SECTORS) if at_ns < now_ns else None
             if programs is None:
                 return
-            step = CommandTime(self._time, at_ns)
+            step = CommandTime(time, at_ns)
             step.work_in_background(programs)
             at_ns = step.now_ns

@@ -280,7 +280,7 @@ class CommandTime:
         done = nand.program_pages(self.now_ns, programs.ppns, programs.transfer_bytes)
         if moved is None:
             return erased, done, done[:0]
-        read = nand.read_pages(self.now_ns, moved.read_ppns, moved.read_bytes)
+        read = nand.read_pages(self.now_ns, moved.read_ppns, moved.read_bytes, moved.read_extra_ns)
         read_ns = _last_of(self.now_ns, read)
         moves = nand.program_pages(read_ns, moved.ppns, moved.transfer_bytes)
         return erased, done, np.append(moves, read_ns)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from csd_device.config import SECTOR_BYTES, DriveConfig
 from csd_device.errors import UnrecoveredRead
 from csd_device.ftl.changes import Changes
-from csd_device.ftl.mapping import fold_pages
+from csd_device.ftl.mapping import extra_by_page, fold_pages
 from csd_device.ftl.placement import Placement, Stream, SuperblockRetired
 from csd_device.ftl.programs import Work
 from csd_device.ftl.two_way_map import TwoWayMap
@@ -259,7 +259,7 @@ class Collector:
         targets = np.arange(psas.size, dtype=np.int64) * SECTOR_BYTES
         pieces = Pieces(psas * SECTOR_BYTES, np.full(psas.size, SECTOR_BYTES, np.int64), targets)
         try:
-            self.media.gather(pieces, self._buffer[:size])
+            retries = self.media.gather(pieces, self._buffer[:size])
         except UnrecoveredRead as error:
             assert self._job
             self._stuck[self._job.superblock] = True
@@ -268,5 +268,6 @@ class Collector:
             return self._read(rest) if 0 < rest.size < psas.size else rest[:0]
         ppns, read_bytes = fold_pages(psas, self._per_page)
         self._superblocks.count_reads(ppns, self._placement.size // self._per_page)
-        self._work.note_move_reads(ppns, read_bytes)
+        extra_ns = extra_by_page(retries, ppns, self._per_page)
+        self._work.note_move_reads(ppns, read_bytes, extra_ns)
         return psas

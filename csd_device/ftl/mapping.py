@@ -7,6 +7,7 @@ import numpy.typing as npt
 from numba import njit
 
 from csd_device.config import SECTOR_BYTES
+from csd_device.nand.media import Retries
 
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
@@ -117,3 +118,13 @@ def fold_pages(psas: I64, sectors_per_page: int) -> tuple[I64, I64]:
     ppns, sizes = np.empty_like(psas), np.empty_like(psas)
     pages = _fold(psas, sectors_per_page, ppns, sizes)
     return ppns[:pages], sizes[:pages]
+
+
+def extra_by_page(retries: Retries | None, ppns: I64, sectors_per_page: int) -> I64 | None:
+    """What each page [n], ascending, takes longer: its slowest sector."""
+    if retries is None:
+        return None
+    extra_ns = np.zeros(ppns.size, np.int64)
+    pages = np.searchsorted(ppns, retries.psas // sectors_per_page)
+    np.maximum.at(extra_ns, pages, retries.extra_ns)
+    return extra_ns

@@ -15,10 +15,14 @@ NO_PAGES: I64 = np.empty(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """Pages read and pages programmed to move data that no host asked to move."""
+    """Pages read and pages programmed to move data that no host asked to move.
+
+    `read_extra_ns`: what the array takes longer for each read than tR (read retries).
+    """
 
     read_ppns: I64
     read_bytes: I64
+    read_extra_ns: I64
     ppns: I64
     transfer_bytes: I64
 
@@ -43,7 +47,7 @@ class Work:
         self._geometry = geometry
         self._programs: list[I64] = []
         self._move_programs: list[I64] = []
-        self._move_reads: list[tuple[I64, I64]] = []
+        self._move_reads: list[tuple[I64, I64, I64]] = []
         self._erased: list[int] = []  # superblocks
         self.pages_programmed = 0  # since the drive was opened, those of moves among them
         self.pages_moved = 0
@@ -57,8 +61,9 @@ class Work:
             self.pages_programmed += end_ppn - first_ppn
             self.pages_moved += (end_ppn - first_ppn) * is_move
 
-    def note_move_reads(self, ppns: I64, read_bytes: I64) -> None:
-        self._move_reads.append((ppns, read_bytes))
+    def note_move_reads(self, ppns: I64, read_bytes: I64, extra_ns: I64 | None) -> None:
+        extra = np.zeros_like(ppns) if extra_ns is None else extra_ns
+        self._move_reads.append((ppns, read_bytes, extra))
 
     def note_erase(self, superblock: int) -> None:
         self._erased.append(superblock)
@@ -77,9 +82,10 @@ class Work:
         if not self._move_programs and not self._move_reads:
             return None
         ppns = _joined(self._move_programs)
-        reads = _joined([ppns for ppns, _ in self._move_reads])
-        sizes = _joined([sizes for _, sizes in self._move_reads])
-        return Moves(reads, sizes, ppns, self._whole(ppns))
+        reads, sizes, extra_ns = (
+            _joined([noted[column] for noted in self._move_reads]) for column in range(3)
+        )
+        return Moves(reads, sizes, extra_ns, ppns, self._whole(ppns))
 
     def _whole(self, ppns: I64) -> I64:
         return np.full(ppns.size, self._geometry.page_bytes, np.int64) if ppns.size else NO_PAGES

@@ -33,7 +33,7 @@ from csd_device.ftl.checkpoint import Checkpoint, Progress
 from csd_device.ftl.collector import Collector
 from csd_device.ftl.folder import MediaFolder
 from csd_device.ftl.journal import Journal
-from csd_device.ftl.mapping import cut_units, lpns_of, pages_of
+from csd_device.ftl.mapping import cut_units, extra_by_page, lpns_of, pages_of
 from csd_device.ftl.placement import NO_POINTER, Placement, Stream, SuperblockRetired
 from csd_device.ftl.programs import PagePrograms, Work
 from csd_device.ftl.recovery import Recovered, checkpoint_arrays, recover
@@ -179,7 +179,7 @@ class Ftl:
         per_page = self._geometry.sectors_per_page
         ppns, sizes = pages_of(pieces, per_page)
         self._superblocks.count_reads(ppns, self._geometry.pages_per_superblock)
-        return PageReads(ppns, sizes, _by_page(retries, ppns, per_page), retries)
+        return PageReads(ppns, sizes, extra_by_page(retries, ppns, per_page), retries)
 
     def _located(self, error: UnrecoveredRead, offsets: I64, unit_bytes: int) -> UnrecoveredRead:
         """The same error with the LBAs and the rows of the read that it means."""
@@ -493,13 +493,3 @@ class Ftl:
         if start < 0 or end > self.capacity_sectors * SECTOR_BYTES:
             first = start // SECTOR_BYTES
             raise LbaOutOfRange(first, -(-end // SECTOR_BYTES) - first, self.capacity_sectors)
-
-
-def _by_page(retries: Retries | None, ppns: I64, sectors_per_page: int) -> I64 | None:
-    """What each page [n], ascending, takes longer: its slowest sector."""
-    if retries is None:
-        return None
-    extra_ns = np.zeros(ppns.size, np.int64)
-    pages = np.searchsorted(ppns, retries.psas // sectors_per_page)
-    np.maximum.at(extra_ns, pages, retries.extra_ns)
-    return extra_ns

@@ -23,7 +23,7 @@ from csd_protocol.crc32c import crc32c_units
 from csd_protocol.csd.v1 import csd_pb2 as pb
 from csd_protocol.opcodes import AdminOpcode, ComputeOpcode, NvmOpcode
 from csd_protocol.program_file import ShadowLayer, encode_shadow
-from csd_protocol.units import MIB
+from csd_protocol.units import MIB, NS_PER_S
 
 MODEL, PROGRAM, FFN = 1, 0, 0
 UNITS, HIDDEN = 64, 64
@@ -45,6 +45,8 @@ def rehearse() -> None:
         for cid, entry in enumerate(_script()):
             entry.cid = cid
             _perform(session, entry)
+        drive.clock.advance_to(drive.clock.now_ns() + NS_PER_S)  # idle time: data moves
+        _perform(session, _entry(pb.COMMAND_SET_NVM, NvmOpcode.FLUSH, flush=pb.Flush()))
         session.close()
         drive.close()
 
@@ -64,9 +66,12 @@ def micro_model() -> tuple[bytes, bytes]:
 
 
 def _small_drive() -> DriveConfig:
+    """Superblocks of 512 KiB, whose data moves once every page has been read."""
     config = load_config("tiny")
     dram = config.dram.model_copy(update={"window_bytes": MIB, "unit_cache_bytes": MIB})
-    return config.model_copy(update={"dram": dram})
+    geometry = config.geometry.model_copy(update={"pages_per_block": 1})
+    ftl = config.ftl.model_copy(update={"reclaim_reads": 1})
+    return config.model_copy(update={"dram": dram, "geometry": geometry, "ftl": ftl})
 
 
 def _packed(units: npt.NDArray[np.uint8]) -> bytes:
@@ -139,7 +144,9 @@ def _script() -> Iterator[pb.SubmissionEntry]:
         write = pb.Write(slba=start // pk.BLOCK_BYTES, data=image[start : start + step])
         yield _entry(pb.COMMAND_SET_NVM, NvmOpcode.WRITE, write=write)
     yield _entry(pb.COMMAND_SET_NVM, NvmOpcode.FLUSH, flush=pb.Flush())
-    yield _entry(pb.COMMAND_SET_NVM, NvmOpcode.READ, blocks=pb.BlockRange(slba=0, blocks=8))
+    unused = pb.BlockRange(slba=1000, blocks=8)
+    yield _entry(pb.COMMAND_SET_NVM, NvmOpcode.WRITE_ZEROES, blocks=unused)
+    yield _entry(pb.COMMAND_SET_NVM, NvmOpcode.READ, blocks=pb.BlockRange(slba=0, blocks=256))
     load = pb.LoadProgram(program=PROGRAM, total_bytes=len(program), chunk=program)
     yield _entry(pb.COMMAND_SET_ADMIN, AdminOpcode.LOAD_PROGRAM, load_program=load)
     activate = pb.ProgramActivation(program=PROGRAM, active=True)

@@ -41,7 +41,7 @@ from csd_device.firmware.telemetry import telemetry_report
 from csd_device.firmware.thermal import Thermal
 from csd_device.ftl import Ftl
 from csd_device.nand import Timeline
-from csd_device.nand.faults import FaultCounters, Surroundings
+from csd_device.nand.faults import FaultCounters, MediaSwitch, PowerCut, Surroundings
 from csd_protocol.status import Status
 
 U8 = npt.NDArray[np.uint8]
@@ -79,7 +79,7 @@ class Drive:
         Raises DriveRefused for media of another geometry or version, media or a window in use, and
         shared memory too small for the window.
         """
-        ftl = Ftl.open(media_path, config)
+        ftl = Ftl.open(media_path, config, lambda media, _: MediaSwitch(media))
         try:
             serial = _serial(media_path)
             path = window_path or SHARED_MEMORY / f"csd-window-{serial}"
@@ -145,6 +145,11 @@ class Drive:
         self._queues[queue.queue_id] = queue
         return queue
 
+    @property
+    def is_off(self) -> bool:
+        """Whether its power is gone (a fault): it answers nothing until it is opened again."""
+        return self._controller.faults.is_off
+
     def read_batch(self, slbas: I64, blocks: int, arrival_ns: I64, out: U8 | None = None) -> I64:
         """Many reads at once, and when each is done [n]: `firmware.batch.read_batch`."""
         done = read_batch(self._controller, slbas, blocks, arrival_ns, out)
@@ -176,11 +181,24 @@ class Drive:
             queue.close()
         self._queues.clear()
         self._controller.stager.window.close()
+        if self.is_off:
+            self._controller.folder.close()
+            self._controller.ftl.abandon()
+            return
         try:
-            self._controller.ftl.flush()
-            upkeep.power_off(self._controller)
+            self._power_off()
+        except PowerCut:
+            if not self.is_off:  # not by this drive's own fault
+                raise
+
+    def _power_off(self) -> None:
+        controller = self._controller
+        try:
+            controller.ftl.flush()
+            upkeep.power_off(controller)
         finally:
-            self._controller.ftl.close()
+            controller.folder.close()
+            controller.ftl.close()
 
     def _begin_faults(self) -> None:
         """What `[faults]` says is on from here on. Raises DriveRefused, the drive closed."""

@@ -101,6 +101,12 @@ class WindowLoss(_Fault):
     # that are refused before it is back; none: until the fault is cleared
 
 
+class PowerLossAfter(_Fault):
+    """The power goes, and stays off until the daemon is started again."""
+
+    after_operations: Count = 0  # writes, erases and syncs of the media that still come through
+
+
 class FaultsConfig(_Fault):
     """Which faults are on. A section that is not there is off."""
 
@@ -111,6 +117,7 @@ class FaultsConfig(_Fault):
     erase_failures: Failures | None = None
     slow_dies: SlowDies | None = None
     window_loss: WindowLoss | None = None
+    power_loss: PowerLossAfter | None = None
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

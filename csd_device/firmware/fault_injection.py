@@ -16,7 +16,15 @@ from csd_device.errors import CommandError, DriveRefused, WindowGone
 from csd_device.fault_config import FaultsConfig
 from csd_device.ftl import Ftl
 from csd_device.nand import Timeline
-from csd_device.nand.faults import NO_SECTORS, FaultCounters, Surroundings, faulty
+from csd_device.nand.faults import (
+    NO_SECTORS,
+    FaultCounters,
+    MediaSwitch,
+    PowerSupply,
+    Surroundings,
+    faulty,
+)
+from csd_device.nand.faults.dice import seeded
 from csd_device.nand.media import I64
 from csd_protocol.status import Status
 
@@ -40,14 +48,16 @@ class FaultInjection:
     def __init__(
         self, config: DriveConfig, ftl: Ftl, timeline: Timeline | None, around: Surroundings
     ) -> None:
-        """`timeline` None: time is off, and slow dies are as fast as others.
+        """The FTL's media are a `MediaSwitch`; nothing is on before `apply`.
 
-        Nothing is on before `apply`.
+        `timeline` None: time is off, and slow dies are as fast as others.
         """
         self.faults = FaultsConfig()
+        assert isinstance(ftl.media, MediaSwitch)
         self._config, self._ftl, self._timeline = config, ftl, timeline
-        self._clean, self._around = ftl.media, around
+        self._media, self._around = ftl.media, around
         self._refusals_left: int | None = None  # of staging commands, before the window is back
+        self._supply: PowerSupply | None = None
 
     @property
     def counters(self) -> FaultCounters:
@@ -57,6 +67,11 @@ class FaultInjection:
     def may_retry(self) -> bool:
         """Whether a read may take the array longer than tR of its pages."""
         return self.faults.bit_errors is not None
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the power is gone: the drive answers nothing any more."""
+        return self._supply is not None and not self._supply.is_on
 
     def apply(self, faults: FaultsConfig, window: Window) -> None:
         """These faults are on from now on, and no others.
@@ -77,8 +92,10 @@ class FaultInjection:
             self._timeline.slow_down_reads(
                 slow.dies if slow else (), slow.read_factor if slow else 1
             )
+        if faults.power_loss != self.faults.power_loss:
+            self._supply = _supply_of(faults)
         self.faults = faults
-        self._ftl.media = faulty(self._clean, faults, self._around, lost)
+        self._media.put(faulty(self._media.clean, faults, self._around, lost, self._supply))
 
     def change(self, data: bytes, window: Window) -> None:
         """What Set Features asks for. Raises CommandError (Invalid Field) naming the field."""
@@ -140,6 +157,14 @@ class FaultInjection:
         for first, count in named.lbas:
             parts.append(self._ftl.psas_of(first, count))
         return np.unique(np.concatenate(parts))
+
+
+def _supply_of(faults: FaultsConfig) -> PowerSupply | None:
+    if faults.power_loss is None:
+        return None
+    supply = PowerSupply(seeded(faults.seed))
+    supply.go_off_at(faults.power_loss.after_operations)
+    return supply
 
 
 def _reason(item: Any) -> str:

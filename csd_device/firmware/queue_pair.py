@@ -16,6 +16,7 @@ from csd_device.firmware.commands import (
     Command,
     Completion,
     Dword0,
+    MediaError,
     Result,
     StageResult,
     Timing,
@@ -27,6 +28,7 @@ from csd_device.firmware.events import EventRequests
 from csd_device.firmware.hosts import Host
 from csd_device.firmware.modelled_time import CommandTime
 from csd_device.firmware.trace import TracedCommand, TracedTime
+from csd_device.firmware.unreadable import UnitsUnreadable
 from csd_protocol.status import Status
 
 CID_MAX = 0xFFFF
@@ -240,4 +242,5 @@ class QueuePair:
 
 def _failed(cid: int, error: CommandError, timing: Timing) -> Completion:
     retryable = error.status.value.retryable
-    return Completion(cid, error.status, timing, detail=error.detail, do_not_retry=not retryable)
+    lost = MediaError(error.lost) if isinstance(error, UnitsUnreadable) else None
+    return Completion(cid, error.status, timing, lost, error.detail, not retryable)

@@ -62,7 +62,6 @@ def power_off(controller: Controller) -> None:
     tick(controller, controller.clock.now_ns())
     note(controller, Happening.POWER_OFF)
     save(controller, clean=True, durable=True)
-    controller.folder.close()
 
 
 def after_command(controller: Controller, kind: str, start_ns: int, done_ns: int) -> None:

@@ -47,8 +47,8 @@ I64 = npt.NDArray[np.int64]
 
 COMMIT_ROWS = 4096  # of changes held in memory before they are committed unasked
 CHECKPOINT_BYTES = 16 << 20  # of journal, before a checkpoint replaces it
-READS_STEP = 1024  # page reads of a superblock that a crash may forget
 LBAS_NAMED_MAX = 8  # in a message
+READS_STEP = 1024  # page reads of a superblock that a crash may forget
 
 Wrap = Callable[[Media, Superblocks], Media]
 
@@ -205,13 +205,8 @@ class Ftl:
 
     @property
     def media(self) -> Media:
-        """The cells; setting it puts the same cells behind other decorators."""
+        """The cells, as they were wrapped."""
         return self._media
-
-    @media.setter
-    def media(self, media: Media) -> None:
-        assert media.size_bytes == self._media.size_bytes
-        self._media = self._placement.media = self._collector.media = media
 
     def is_mapped(self, lpn: int, count: int) -> npt.NDArray[np.bool_]:
         """Which of these sectors hold data [count]."""
@@ -361,9 +356,13 @@ class Ftl:
             self._commit()
             self._checkpoint(is_clean=True)
         finally:
-            self._journal.close()
-            self._media.close()
-            self._folder.close()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Gives the folder back as it is: what a loss of power leaves."""
+        self._journal.close()
+        self._media.close()
+        self._folder.close()
 
     # ---- room --------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 Exit status: 0 done; 1 a file that cannot be read or written; 2 a command line that does not parse;
 3 the model (files, packing); 4 the drive or the way to it; 5 a request that cannot be met (budget,
-quality, context); 130 interrupted.
+quality, context); 6 units of a model that are damaged or lost on the drive; 130 interrupted.
 """
 
 import os
@@ -13,12 +13,13 @@ from typing import ClassVar, NoReturn
 import typer
 from rich.markup import escape
 
-from host_client.cli.console import err
+from host_client.cli.console import EXIT_DAMAGED, err
 from host_client.cli.on_demand import Entry, OnDemandGroup
 from host_client.driver import DriveError
 from host_client.io import ReaderError
 from host_client.model.errors import ModelError
 from host_client.runtime.checksums import UnitCorrupt
+from host_client.runtime.copies import UnitsLost
 from host_client.runtime.refusals import RequestRefused
 
 EXIT_DONE, EXIT_FILE, EXIT_MODEL, EXIT_DRIVE, EXIT_REQUEST, EXIT_INTERRUPTED = 0, 1, 3, 4, 5, 130
@@ -44,6 +45,11 @@ class Commands(OnDemandGroup):
             f"{_CLI}.model_commands",
             "generate",
             "Generate text, the weights staged by the drive as they are needed.",
+        ),
+        "verify": Entry(
+            f"{_CLI}.catalog_commands",
+            "verify",
+            "Read every unit of every copy of a model, and list the damaged ones.",
         ),
         "identify": Entry(
             f"{_CLI}.drive_commands",
@@ -101,6 +107,8 @@ def _run() -> int:
         return ended.code if isinstance(ended.code, int) else EXIT_DONE
     except ModelError as error:
         return _refuse(error, EXIT_MODEL)
+    except UnitsLost as error:
+        return _refuse(error, EXIT_DAMAGED)
     except (DriveError, ReaderError, UnitCorrupt) as error:
         return _refuse(error, EXIT_DRIVE)
     except RequestRefused as error:

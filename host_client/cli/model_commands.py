@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from csd_protocol.opcodes import LogPage
-from csd_protocol.packed import PackedModel
+from csd_protocol.packed import COPIES_MAX, PackedModel
 from csd_protocol.units import format_size
 from host_client.calibrate.preparation import CALIBRATION_TOKENS, calibrate, load_predictors
 from host_client.cli import reports
@@ -51,6 +51,14 @@ def pack(
     dtype: Annotated[
         Dtype | None, typer.Option(help="16-bit type on the drive; default: the checkpoint's own.")
     ] = None,
+    copies: Annotated[
+        int,
+        typer.Option(
+            help="How often every unit lies on the drive: what one copy loses, another still has.",
+            min=1,
+            max=COPIES_MAX,
+        ),
+    ] = 1,
     replace: Annotated[
         bool, typer.Option("--replace", help="Take a model of the same name off the drive first.")
     ] = False,
@@ -76,11 +84,14 @@ def pack(
                 source.name,
                 lambda done, total, what: update(done, total),
                 dtype=dtype,
+                copies=copies,
                 replace=replace,
             )
+        stored = format_size(packed.weights_bytes * packed.copies)
         out.print(
             f"packed {packed.name}: {packed.unit_count:,} units, "
             f"{format_size(packed.weights_bytes)} as {packed.dtype}"
+            + (f", in {packed.copies} copies: {stored}" if packed.copies > 1 else "")
         )
         if calibration:
             _prepare(opened, packed, source, dram, calibration_tokens)

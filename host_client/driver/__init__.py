@@ -2,6 +2,7 @@
 
 from host_client.driver.commands import (
     AsyncEvent,
+    LostUnits,
     Residency,
     Staged,
     StagedSite,
@@ -27,6 +28,7 @@ __all__ = [
     "DriveLost",
     "DriveTimeout",
     "DriveUnavailable",
+    "LostUnits",
     "PendingCommand",
     "QueueFull",
     "Residency",

@@ -29,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 _PROGRAM_CHUNK_BYTES = 1 << 20
 _TRANSFERS_IN_FLIGHT = 4
+_COPY_BYTES = 4 << 20  # of one Copy, so that a drive is not held up by it
 _ALIVE_TIMEOUT_S = 1.0
 _LOG_PIECE_BYTES = 1 << 20
 TRACE_SPANS = 200_000  # that a trace keeps unless told otherwise
@@ -229,6 +230,20 @@ class Drive:
         commands = (
             entries.write(slba + start // self.block_bytes, bytes(view[start : start + step]), fua)
             for start in range(0, len(view), step)
+        )
+        for _ in self._pipelined(commands, entries.nothing):
+            pass
+
+    def copy(self, from_bytes: int, to_bytes: int, length_bytes: int) -> None:
+        """Whole blocks to another place, inside the drive. The two runs must not overlap."""
+        self._check_aligned(from_bytes, length_bytes)
+        self._check_aligned(to_bytes, length_bytes)
+        source, target = from_bytes // self.block_bytes, to_bytes // self.block_bytes
+        count = length_bytes // self.block_bytes
+        step = _COPY_BYTES // self.block_bytes
+        commands = (
+            entries.copy(source + start, target + start, min(step, count - start))
+            for start in range(0, count, step)
         )
         for _ in self._pipelined(commands, entries.nothing):
             pass

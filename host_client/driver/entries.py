@@ -15,6 +15,7 @@ from host_client.driver.commands import (
     F32,
     U32,
     AsyncEvent,
+    LostUnits,
     Residency,
     Staged,
     StagedSite,
@@ -151,6 +152,13 @@ def deallocate(slba: int, blocks: int) -> Command:
     return _nvm(what, NvmOpcode.DATASET_MANAGEMENT, dataset_management=body)
 
 
+def copy(from_slba: int, to_slba: int, blocks: int) -> Command:
+    source = pb.BlockRange(slba=from_slba, blocks=blocks)
+    body = pb.Copy(dst_slba=to_slba, sources=[source])
+    what = f"Copy of {blocks} blocks from block {from_slba} to {to_slba}"
+    return _nvm(what, NvmOpcode.COPY, copy=body)
+
+
 # ---- compute and staging ---------------------------------------------------------------------
 
 
@@ -211,14 +219,25 @@ def _rows(values: F32) -> int:
 
 
 def _target(target: StageTarget) -> pb.StageTarget:
-    entry = pb.StageTarget(site=target.site, ignore_residency=target.ignore_residency)
+    entry = pb.StageTarget(
+        site=target.site,
+        ignore_residency=target.ignore_residency,
+        copy=target.copy,
+        elsewhere=[
+            pb.Elsewhere(copy=copy, units=_unit_bytes(units)) for copy, units in target.elsewhere
+        ],
+    )
     if target.units is not None:
-        entry.units = np.ascontiguousarray(target.units, np.dtype("<u4")).tobytes()
+        entry.units = _unit_bytes(target.units)
     elif target.keep is not None:
         entry.keep = target.keep
     else:
         entry.all = True
     return entry
+
+
+def _unit_bytes(units: U32) -> bytes:
+    return np.ascontiguousarray(units, np.dtype("<u4")).tobytes()
 
 
 def _held(site: int, held: Residency) -> pb.HostResidency.Held:
@@ -238,7 +257,10 @@ def failure(what: str, completion: pb.CompletionEntry) -> CommandFailed | None:
     status = completion.status
     if status.sct == 0 and status.sc == 0:
         return None
-    return CommandFailed(what, status.sct, status.sc, status.detail, not status.dnr)
+    lost = tuple(
+        LostUnits(part.site, part.copy, _units(part.units)) for part in completion.media_error.lost
+    )
+    return CommandFailed(what, status.sct, status.sc, status.detail, not status.dnr, lost)
 
 
 def nothing(_: pb.CompletionEntry) -> None:
@@ -288,6 +310,7 @@ def _staged_site(site: pb.StagedSite) -> StagedSite:
         ready_ns=site.ready_ns,
         units_from_dram=site.units_from_dram,
         nand_page_reads=site.nand_page_reads,
+        units_from_copies=site.units_from_copies,
     )
 
 

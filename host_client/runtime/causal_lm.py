@@ -17,11 +17,12 @@ from csd_protocol.packed import PackedModel
 from host_client.driver import Drive
 from host_client.io import Buffer, WindowReader, open_reader
 from host_client.io.opening import Kind as ReaderKind
-from host_client.model.catalog import open_model, read_crc_table, read_frequencies
+from host_client.model.catalog import open_model, read_frequencies
 from host_client.model.source import name_on_drive
 from host_client.runtime.attach import attach, skeleton
 from host_client.runtime.audit import Auditor
 from host_client.runtime.checksums import Checksums
+from host_client.runtime.copies import Copies, read_checksums
 from host_client.runtime.engine import Engine, Guidance
 from host_client.runtime.fetch import Fetcher
 from host_client.runtime.layers import StagedFfn
@@ -46,6 +47,7 @@ class CsdRuntime:
     plan: Plan
     engine: Engine
     tally: Tally
+    copies: Copies
     reader: WindowReader
     weights_bytes: int  # host memory that was allocated for units and staging buffers
     predictor: str | None  # kind of the program that guides, None at exact quality
@@ -142,11 +144,12 @@ def _start(
         undo.enter_context(WindowReader(lambda: open_reader(drive.window_path, settings.reader)))
         for _ in range(2)
     ]
-    checksums = Checksums(packed, read_crc_table(drive, packed))
-    fetcher = Fetcher(drive, model_id, readers[0], checksums, tally)
+    checksums = Checksums(packed, read_checksums(drive, packed))
+    copies = Copies(drive, model_id, packed)
+    fetcher = Fetcher(drive, copies, readers[0], checksums, tally)
     resident = load_resident(packed, plan, fetcher, read_frequencies(drive, packed), progress)
     buffers = [Buffer(plan.buffer_bytes) for _ in range(BUFFERS)]
-    prefetcher = Prefetcher(drive, model_id, readers[1], checksums, resident, buffers, tally)
+    prefetcher = Prefetcher(drive, copies, readers[1], checksums, resident, buffers, tally)
     undo.callback(prefetcher.close)
     engine = Engine(
         drive,
@@ -163,7 +166,7 @@ def _start(
     )
     undo.callback(engine.abandon)
     weights = _allocated(resident, buffers) + plan.fetch_buffer_bytes
-    return CsdRuntime(drive, packed, plan, engine, tally, readers[1], weights, predictor)
+    return CsdRuntime(drive, packed, plan, engine, tally, copies, readers[1], weights, predictor)
 
 
 def _guidance(

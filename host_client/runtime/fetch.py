@@ -12,6 +12,7 @@ from csd_protocol.packed import Site
 from host_client.driver import Drive, StageTarget
 from host_client.io import Buffer, Extent, WindowLost, WindowReader
 from host_client.runtime.checksums import Checksums
+from host_client.runtime.copies import Copies
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.tally import Tally
 
@@ -26,10 +27,15 @@ class Fetcher:
     """Stages named units of one model and reads them into a buffer."""
 
     def __init__(
-        self, drive: Drive, model: int, reader: WindowReader, checksums: Checksums, tally: Tally
+        self,
+        drive: Drive,
+        copies: Copies,
+        reader: WindowReader,
+        checksums: Checksums,
+        tally: Tally,
     ) -> None:
         self._drive = drive
-        self._model = model
+        self._copies = copies
         self._reader = reader
         self._checksums = checksums
         self._tally = tally
@@ -37,7 +43,7 @@ class Fetcher:
     def fetch(self, site: Site, units: U32, buffer: Buffer, offset_bytes: int = 0) -> None:
         """Read `units` [n], ascending, packed into `buffer` from `offset_bytes` on.
 
-        Raises UnitCorrupt, DriveLost, CommandFailed, WindowTooSmall, WindowLost.
+        Raises UnitsLost, UnitCorrupt, DriveLost, CommandFailed, WindowTooSmall, WindowLost.
         """
         for part in self._parts(site, units):
             self._fetch_part(site, part, buffer, offset_bytes)
@@ -67,7 +73,7 @@ class Fetcher:
 
     def _stage_and_read(self, target: StageTarget, buffer: Buffer, offset_bytes: int) -> None:
         generation = self._reader.generation
-        staged = self._drive.stage(self._model, [target]).result(STAGE_TIMEOUT_S)
+        staged = self._copies.stage([target]).result(STAGE_TIMEOUT_S)
         self._tally.add_staged(staged)
         lease = staged.sites[0]
         extent = Extent(lease.window_offset, lease.length_bytes, buffer, offset_bytes)

@@ -23,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_protocol.packed import Site
-from host_client.driver import Drive, DriveLost, PendingCommand, Staged, StagedSite, StageTarget
+from host_client.driver import Drive, DriveLost, StagedSite, StageTarget
 from host_client.io import Buffer, Extent, WindowLost, WindowReader
 from host_client.runtime.checksums import Checksums
+from host_client.runtime.copies import Copies, PendingUnits
 from host_client.runtime.fetch import STAGE_TIMEOUT_S, WINDOW_LOSSES_MAX
 from host_client.runtime.plan import STAGE_ALIGN_BYTES
 from host_client.runtime.refusals import WindowTooSmall
@@ -36,8 +37,6 @@ from host_client.runtime.timeline import READING, HostTimeline
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
-
-PendingStage = PendingCommand[Staged]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,7 @@ class _Burst:
     """What one command asks for."""
 
     requests: tuple[_Request, ...]
-    pending: PendingStage | None  # None: nothing to ask of the drive
+    pending: PendingUnits | None  # None: nothing to ask of the drive
     asked_ns: int = 0  # with a timeline: when the command was sent
 
 
@@ -109,7 +108,7 @@ class Prefetcher:
     def __init__(
         self,
         drive: Drive,
-        model: int,
+        copies: Copies,
         reader: WindowReader,
         checksums: Checksums,
         resident: dict[int, ResidentSite],
@@ -117,7 +116,7 @@ class Prefetcher:
         tally: Tally,
     ) -> None:
         self._drive = drive
-        self._model = model
+        self._copies = copies
         self._reader = reader
         self._checksums = checksums
         self._resident = resident
@@ -161,14 +160,12 @@ class Prefetcher:
         )
         targets = [_target(wanted, keep) for request in requests for wanted in request.wanted]
         release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
-        pending: PendingStage | None = None
+        pending: PendingUnits | None = None
         asked_ns = self.timeline.now_ns() if self.timeline else 0
         if targets and keep < 1.0 and hidden is not None:
-            pending = self._drive.predict_and_stage(
-                self._model, program, token, hidden, targets, release
-            )
+            pending = self._copies.predict_and_stage(program, token, hidden, targets, release)
         elif targets:
-            pending = self._drive.stage(self._model, targets, release)
+            pending = self._copies.stage(targets, release)
         self._outstanding.extend(requests)
         self._bursts.put(_Burst(requests, pending, asked_ns))
 
@@ -291,7 +288,7 @@ class Prefetcher:
             StageTarget(site=site.site, units=self._units_of(site), ignore_residency=True)
             for site in staged
         ]
-        again = self._drive.stage(self._model, targets).result(STAGE_TIMEOUT_S)
+        again = self._copies.stage(targets).result(STAGE_TIMEOUT_S)
         self._tally.add_staged(again)
         self._read_leases.extend(site.lease for site in staged if site.lease)
         staged[:] = [

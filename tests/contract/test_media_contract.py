@@ -13,6 +13,7 @@ from csd_device.errors import DriveRefused, WriteFault
 from csd_device.fault_config import FaultsConfig
 from csd_device.nand import FileMedia, Media, Pieces, RamMedia
 from csd_device.nand.faults import NO_SECTORS, FaultCounters, Surroundings, faulty
+from csd_device.nand.faults.power_loss import PowerLoss, PowerSupply
 from csd_device.nand.media import U8, Retries
 from csd_device.nand.superblocks import Superblocks
 
@@ -74,6 +75,9 @@ MAKERS: dict[str, Callable[[Path], Media]] = {
             "program_failures": {"superblocks": [1]},
             "erase_failures": {"superblocks": [1]},
         }
+    ),
+    "on a power supply": lambda folder: PowerLoss(
+        RamMedia(SIZE), PowerSupply(np.random.default_rng(0))
     ),
 }
 

@@ -6,6 +6,9 @@
     unreadable        UnreadableMedia    sectors that no retry brings back
     program_failures  ProgramFailures
     erase_failures    EraseFailures
+    power_loss        PowerLoss          everything raises PowerCut once the power is gone
+
+    MediaSwitch(clean).put(media)            changes them while they are in use
 
 Slow dies belong to the timeline and the window's loss to the window; they have no decorator.
 """
@@ -20,6 +23,8 @@ from csd_device.fault_config import FaultsConfig
 from csd_device.nand.faults.bit_errors import BitErrorMedia
 from csd_device.nand.faults.decorator import I64, FaultCounters
 from csd_device.nand.faults.failures import EraseFailures, ProgramFailures
+from csd_device.nand.faults.power_loss import PowerCut, PowerLoss, PowerSupply
+from csd_device.nand.faults.switch import MediaSwitch
 from csd_device.nand.faults.unreadable import UnreadableMedia
 from csd_device.nand.media import Media
 from csd_device.nand.superblocks import Superblocks
@@ -35,12 +40,21 @@ class Surroundings:
     counters: FaultCounters
 
 
-def faulty(clean: Media, faults: FaultsConfig, around: Surroundings, lost: I64) -> Media:
+def faulty(
+    clean: Media,
+    faults: FaultsConfig,
+    around: Surroundings,
+    lost: I64,
+    supply: PowerSupply | None = None,
+) -> Media:
     """The media behind the faults that are on.
 
-    `lost` [n]: the physical sectors that `unreadable` names, ascending, each once.
+    `lost` [n]: the physical sectors that `unreadable` names, ascending, each once. `supply`: what
+    the media's power comes from, where it may go.
     """
     media, seed = clean, faults.seed
+    if supply:
+        media = PowerLoss(media, supply)
     geometry, blocks = around.config.geometry, around.superblocks
     if faults.program_failures:
         media = ProgramFailures(
@@ -65,7 +79,11 @@ __all__ = [
     "BitErrorMedia",
     "EraseFailures",
     "FaultCounters",
+    "MediaSwitch",
     "NO_SECTORS",
+    "PowerCut",
+    "PowerLoss",
+    "PowerSupply",
     "ProgramFailures",
     "Surroundings",
     "UnreadableMedia",

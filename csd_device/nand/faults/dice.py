@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from numba import njit, vectorize
+from numpy.random import PCG64, Generator
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
@@ -42,6 +43,11 @@ def fraction(bits: Any) -> Any:
 @vectorize(nopython=True, cache=True)
 def _throw(seed: Any, thing: Any, age: Any) -> Any:
     return fraction(key_of(seed, thing, age))
+
+
+def seeded(seed: int) -> Generator:
+    """A generator of its own for one fault, from the drive's seed: one seed replays one run."""
+    return Generator(PCG64(seed))
 
 
 def throw(seed: int, things: I64, ages: I64) -> F64:

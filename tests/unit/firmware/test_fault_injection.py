@@ -1,5 +1,6 @@
 """Faults of a running drive: set by Set Features, seen in statuses, times and counters."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from csd_device.service.endpoint import Endpoint
 from csd_protocol.opcodes import Feature
 from csd_protocol.packed import Role
 from csd_protocol.status import Status
-from host_client.driver import CommandFailed
+from host_client.driver import CommandFailed, DriveLost, DriveUnavailable
 from host_client.driver import Drive as HostDrive
 from host_client.driver.link import InProcessLink
 
@@ -177,6 +178,61 @@ def test_lost_units_are_named_by_row(pair, packed) -> None:
     assert pair.run(c.Stage(1, (all_of(ffn.site),))).status is Status.UNRECOVERED_READ
 
 
+# ---- wear to the end -------------------------------------------------------------------------
+
+
+def test_failed_programs_grow_bad_superblocks_until_the_drive_is_read_only(
+    tmp_path: Path, make_host
+) -> None:
+    """By the FTL: what was acknowledged stays readable, data is moved off, spares run out."""
+    drive = open_at(tmp_path, short_lived(program_failures={"rate": 0.003}))
+    host, rng = make_host(drive), np.random.default_rng(0)
+    kept, pieces = {}, drive.capacity_bytes >> 20
+    for _ in range(500):
+        slba = int(rng.integers(0, pieces)) * 256
+        data = rng.integers(0, 256, 1 << 20, np.uint8).tobytes()
+        done = host.run(c.Write(slba, data))
+        if done.status is not Status.SUCCESS:
+            break
+        kept[slba] = data
+    spares = drive.config.spare_superblocks
+    assert done.status is Status.WRITE_PROTECTED
+    assert f"{spares + 1} superblocks went bad and {spares} were spare" in done.detail
+    assert drive._controller.faults.counters.program_failures == spares + 1
+    assert len(kept) > spares
+    for slba, data in kept.items():
+        assert host.ok(c.Read(c.BlockRange(slba, 256))).result.data == data
+    drive.close()
+    again = open_at(tmp_path, short_lived())
+    host = make_host(again)
+    assert host.run(c.Write(0, bytes(4096))).status is Status.WRITE_PROTECTED
+    assert host.ok(c.Read(c.BlockRange(slba, 256))).result.data == kept[slba]
+    again.close()
+
+
+def test_a_failed_erase_makes_a_superblock_bad_and_loses_nothing(tmp_path: Path, make_host) -> None:
+    drive = open_at(tmp_path, short_lived(erase_failures={"superblocks": [1, 3]}))
+    host = make_host(drive)
+    for fill in range(4):
+        for slba in range(0, drive.capacity_bytes // 8192, 256):
+            host.ok(c.Write(slba, bytes([fill]) * (1 << 20)))
+    flash = json.loads(host.ok(c.GetLogPage(2)).result.data)["flash"]
+    assert flash["superblocks_erased"] > 5
+    assert flash["bad_superblocks"] == 2
+    assert host.ok(c.Read(c.BlockRange(0, 256))).result.data == bytes([3]) * (1 << 20)
+    drive.close()
+
+
+def short_lived(**faults: Any) -> DriveConfig:
+    """A drive of 40 superblocks, some to spare."""
+    return with_faults(**faults).model_copy(
+        update={
+            "geometry": TINY.geometry.model_copy(update={"blocks_per_plane": 40}),
+            "ftl": TINY.ftl.model_copy(update={"over_provisioning": 0.3}),
+        }
+    )
+
+
 # ---- the window ------------------------------------------------------------------------------
 
 
@@ -291,3 +347,45 @@ def test_a_drive_whose_faults_are_nowhere_does_not_open(tmp_path: Path) -> None:
     with pytest.raises(DriveRefused, match=r"\[faults\] of tiny: .*LBA Out of Range"):
         open_at(tmp_path, with_faults(unreadable={"lbas": [[1 << 30, 1]]}))
     open_at(tmp_path, TINY).close()
+
+
+# ---- power -----------------------------------------------------------------------------------
+
+
+def test_a_drive_without_power_answers_nothing_until_it_is_opened_again(tmp_path: Path) -> None:
+    drive = open_at(tmp_path, TINY)
+    link = InProcessLink(Endpoint(drive))
+    host = HostDrive(link)
+    flushed, torn = bytes([1]) * 8192, bytes([2]) * 8192
+    host.write(0, flushed)
+    host.flush()
+    host.set_faults("power_loss", {"after_operations": 1})
+    host.write(8192, torn)
+    with pytest.raises(DriveLost):
+        host.flush()
+    assert drive.is_off
+    with pytest.raises(DriveLost):
+        host.faults()
+    with pytest.raises(DriveUnavailable):
+        host.reconnect()
+    drive.close()
+    again = open_at(tmp_path, TINY)
+    host = HostDrive(InProcessLink(Endpoint(again)))
+    assert host.read(0, 8192) == flushed
+    assert host.read(8192, 8192) in (torn, bytes(8192))
+    assert host.faults()["power_loss"] is None
+    host.write(8192, torn)
+    host.flush()
+    again.close()
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_drive_that_closes_without_power_opens_again(tmp_path: Path, after: int) -> None:
+    drive = open_at(tmp_path, with_faults(power_loss={"after_operations": after}))
+    with contextlib.suppress(DriveLost):
+        HostDrive(InProcessLink(Endpoint(drive))).write(0, bytes([7]) * 4096)
+    drive.close()
+    again = open_at(tmp_path, TINY)
+    found = HostDrive(InProcessLink(Endpoint(again))).read(0, 4096)
+    assert found in (bytes(4096), bytes([7]) * 4096)
+    again.close()

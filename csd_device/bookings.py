@@ -111,6 +111,25 @@ def forget(bookings: Any, lane: Any, before: Any) -> None:
     bookings.lanes[lane, HEAD] = head
 
 
+def booked_spans(bookings: Bookings, lane: int) -> I64:
+    """What is booked and not forgotten [n, 2]: start and end, ascending."""
+    head, last = bookings.lanes[lane, HEAD], bookings.lanes[lane, LAST]
+    spans: I64 = bookings.spans[lane, head:last].copy()
+    return spans
+
+
+def newly_booked(bookings: Bookings, lane: int, before: I64) -> I64:
+    """The spans [n, 2] booked since `before` was taken, less what was forgotten meanwhile.
+
+    A boundary that both have is none of the difference.
+    """
+    floor = bookings.lanes[lane, FLOOR]
+    points = np.concatenate([before.reshape(-1), booked_spans(bookings, lane).reshape(-1)])
+    edges, counts = np.unique(np.maximum(points, floor), return_counts=True)
+    spans: I64 = edges[counts % 2 == 1].reshape(-1, 2)
+    return spans
+
+
 @njit(nogil=True, cache=True)
 def _take(bookings: Any, lane: Any, index: Any, at: Any, length: Any, merge: Any) -> Any:
     """Books what is free from `at` on; `index` is the first span that ends after it. The end."""

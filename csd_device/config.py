@@ -273,6 +273,30 @@ class Endurance(_Section):
 
     rated_cycles: Positive = 3_000  # program/erase cycles of a block; usual for TLC, assumed
     retention_days: Positive = 365  # that data keeps unpowered at that wear; JEDEC JESD218, client
+    spare_threshold_percent: Annotated[int, Field(ge=0, le=100)] = 10  # of spares; below: a warning
+
+
+class Thermal(_Section):
+    """Composite temperature: one mass that work warms and its surroundings cool. All assumed."""
+
+    ambient_celsius: float = 35.0  # of what cools the drive, and of the drive at power-on
+    celsius_per_watt: Annotated[float, Field(gt=0)] = 3.5  # thermal resistance to the surroundings
+    time_constant_s: Annotated[float, Field(gt=0)] = 120.0  # resistance times heat capacity
+    idle_watts: Annotated[float, Field(ge=0)] = 2.0  # always
+    nand_watts: Annotated[float, Field(ge=0)] = 5.0  # more, while all dies work
+    link_watts: Annotated[float, Field(ge=0)] = 1.5  # more, while the link moves data both ways
+    compute_watts: Annotated[float, Field(ge=0)] = 3.0  # more, while a program runs
+    warning_celsius: float = 75.0  # WCTEMP: from here on time is counted
+    critical_celsius: float = 85.0  # CCTEMP
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.ambient_celsius < self.warning_celsius < self.critical_celsius:
+            raise ValueError(
+                f"ambient {self.ambient_celsius}, warning {self.warning_celsius} and critical "
+                f"{self.critical_celsius} degrees must ascend"
+            )
+        return self
 
 
 class FtlConfig(_Section):
@@ -313,6 +337,7 @@ class DriveConfig(_Section):
     queues: Queues
     write_buffer: WriteBufferConfig = WriteBufferConfig()
     endurance: Endurance = Endurance()
+    thermal: Thermal = Thermal()
     faults: FaultsConfig = FaultsConfig()
 
     @property

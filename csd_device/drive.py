@@ -12,6 +12,7 @@ drive.close()
 import hashlib
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +21,24 @@ from csd_device.clock import Clock, TimeMode
 from csd_device.config import DriveConfig
 from csd_device.dram import Arena, UnitCache, Window
 from csd_device.errors import CommandError, DriveRefused
-from csd_device.firmware import Controller, QueuePair
+from csd_device.firmware import Controller, QueuePair, upkeep
 from csd_device.firmware.batch import read_batch, read_closed_loop
+from csd_device.firmware.controller import Upkeep
 from csd_device.firmware.dispatch import note_failure
+from csd_device.firmware.event_log import EventLog
 from csd_device.firmware.fault_injection import FaultInjection
 from csd_device.firmware.features import Features
 from csd_device.firmware.hosts import HostTable
 from csd_device.firmware.idle_work import IdleWork
+from csd_device.firmware.log_folder import LogFolder
+from csd_device.firmware.logs import ErrorLog
 from csd_device.firmware.memory_ranges import UNIT_CACHE, WINDOW
 from csd_device.firmware.modelled_time import DriveTime
 from csd_device.firmware.models import ModelCatalog
 from csd_device.firmware.programs import ProgramStore
 from csd_device.firmware.staging import Stager
+from csd_device.firmware.telemetry import telemetry_report
+from csd_device.firmware.thermal import Thermal
 from csd_device.ftl import Ftl
 from csd_device.nand import Timeline
 from csd_device.nand.faults import FaultCounters, MediaSwitch, PowerCut, Surroundings
@@ -161,6 +168,10 @@ class Drive:
         if self.time_mode is TimeMode.VIRTUAL and done.size:
             self.clock.advance_to(int(done.max()))
 
+    def telemetry(self) -> dict[str, Any]:
+        """Log page 07h as of now, for a daemon that shows it elsewhere."""
+        return telemetry_report(self._controller, self.clock.now_ns())
+
     def close(self) -> None:
         """Closes all queue pairs, makes what was written last, and gives media and window back."""
         if self._is_closed:
@@ -171,13 +182,23 @@ class Drive:
         self._queues.clear()
         self._controller.stager.window.close()
         if self.is_off:
+            self._controller.folder.close()
             self._controller.ftl.abandon()
             return
         try:
-            self._controller.ftl.close()
+            self._power_off()
         except PowerCut:
             if not self.is_off:  # not by this drive's own fault
                 raise
+
+    def _power_off(self) -> None:
+        controller = self._controller
+        try:
+            controller.ftl.flush()
+            upkeep.power_off(controller)
+        finally:
+            controller.folder.close()
+            controller.ftl.close()
 
     def _begin_faults(self) -> None:
         """What `[faults]` says is on from here on. Raises DriveRefused, the drive closed."""
@@ -203,6 +224,8 @@ def _assemble(
     window: Window,
 ) -> Controller:
     arena = Arena(config.dram.total_bytes)
+    folder = LogFolder(media_path)
+    counters, error_count = upkeep.restore_counters(folder)
     arena.allot(_MAPPING, ftl.mapping_bytes)
     arena.allot(WINDOW, config.dram.window_bytes)
     arena.allot(UNIT_CACHE, config.dram.unit_cache_bytes)
@@ -224,9 +247,15 @@ def _assemble(
         programs=ProgramStore(media_path / _PROGRAMS_FOLDER, arena),
         hosts=HostTable(arena),
         features=Features(config.queues),
+        folder=folder,
+        counters=counters,
+        errors=ErrorLog(folder, error_count),
+        history=EventLog(folder),
+        upkeep=Upkeep(Thermal(config.thermal)),
         idle=IdleWork(ftl, time),
         faults=FaultInjection(config, ftl, timeline if timed else None, around),
     )
+    upkeep.power_on(controller)
     for error in controller.programs.refused:
         note_failure(controller, error, queue=0, cid=0, command="open", at_ns=clock.now_ns())
     return controller

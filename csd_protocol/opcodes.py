@@ -58,7 +58,11 @@ class Cns(IntEnum):
 class LogPage(IntEnum):
     ERROR = 0x01
     SMART = 0x02
+    TELEMETRY = 0x07
+    ENDURANCE = 0x09
+    EVENTS = 0x0D
     STAGE = 0xC0
+    TRACE = 0xC2
 
 
 class Feature(IntEnum):
@@ -69,3 +73,4 @@ class Feature(IntEnum):
     NUMBER_OF_QUEUES = 0x07
     ASYNC_EVENT_CONFIGURATION = 0x0B
     FAULT_INJECTION = 0xC0
+    TRACE = 0xC1

@@ -112,6 +112,10 @@ class Window:
         """What this host holds, oldest first."""
         return list(self._by_owner.get(owner, {}).values())
 
+    def leases(self) -> dict[int, tuple[str, Lease]]:
+        """Owner and lease of all that is held, by identifier."""
+        return dict(self._leases)
+
     @property
     def lease_count(self) -> int:
         return len(self._leases)

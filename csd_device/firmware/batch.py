@@ -200,7 +200,7 @@ def read_batch(
         page_reads = _serve_all(
             path, timeline.state, timeline.rules, timeline.read, slbas, arrival_ns, done
         )
-    _count(controller, blocks, page_reads, done - arrival_ns)
+    _count(controller, blocks, page_reads, arrival_ns, done)
     return done
 
 
@@ -223,7 +223,7 @@ def read_closed_loop(
         page_reads = _serve_loop(
             path, timeline.state, timeline.rules, timeline.read, slbas, slots_ns, submitted, done
         )
-    _count(controller, blocks, page_reads, done - submitted)
+    _count(controller, blocks, page_reads, submitted, done)
     return submitted, done
 
 
@@ -276,10 +276,15 @@ def _move_data(controller: Controller, slbas: I64, blocks: int, out: U8 | None) 
 _NO_RETRIES = Retries(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
-def _count(controller: Controller, blocks: int, page_reads: int, took_ns: I64) -> None:
+def _count(controller: Controller, blocks: int, page_reads: int, submitted: I64, done: I64) -> None:
     """What a queue pair would have counted."""
-    counters = controller.counters
-    counters.host_read_commands += took_ns.size
-    counters.read_bytes += took_ns.size * blocks * SECTOR_BYTES
+    counters, upkeep = controller.counters, controller.upkeep
+    counters.host_read_commands += done.size
+    counters.nvm_commands += done.size
+    counters.read_bytes += done.size * blocks * SECTOR_BYTES
     counters.nand_page_reads += page_reads
-    counters.busy_ns += int(took_ns.sum())
+    counters.busy_ns += upkeep.busy.add_all(submitted, done)
+    upkeep.latencies.of("Read").add_all(done - submitted)
+    upkeep.unsaved_commands += done.size
+    if controller.time:
+        controller.time.processor.busy_ns += done.size * controller.time.link_model.firmware_ns

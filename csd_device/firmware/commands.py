@@ -28,6 +28,8 @@ class Identify:
 @dataclass(frozen=True, slots=True)
 class GetLogPage:
     log_id: int
+    offset_bytes: int = 0
+    length_bytes: int = 0  # 0: to the end
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from csd_device.errors import CommandError
-from csd_device.firmware import admin, compute, nvm
+from csd_device.firmware import admin, compute, nvm, upkeep
 from csd_device.firmware import commands as c
 from csd_device.firmware.context import Context
 from csd_device.firmware.controller import Controller
-from csd_device.firmware.events import RELIABILITY
+from csd_device.firmware.counters import Counters
+from csd_device.firmware.events import WRITE_ERROR
 from csd_protocol.status import Status
 
 Handler = Callable[[Context, Any], c.Result]
@@ -25,12 +26,10 @@ _ADMIN: dict[type, Handler] = {
     c.ProgramActivation: admin.handle_program_activation,
     c.MemoryRangeSet: admin.handle_memory_range_set,
 }
-_READS: dict[type, Handler] = {
+_NVM: dict[type, Handler] = {
     c.Read: nvm.handle_read,
     c.Compare: nvm.handle_compare,
     c.Verify: nvm.handle_verify,
-}
-_WRITES: dict[type, Handler] = {
     c.Flush: nvm.handle_flush,
     c.Write: nvm.handle_write,
     c.WriteZeroes: nvm.handle_write_zeroes,
@@ -44,14 +43,14 @@ _COMPUTE: dict[type, Handler] = {
     c.Release: compute.handle_release,
     c.HostResidency: compute.handle_host_residency,
 }
-HANDLERS: dict[type, Handler] = _ADMIN | _READS | _WRITES | _COMPUTE
+HANDLERS: dict[type, Handler] = _ADMIN | _NVM | _COMPUTE
 
 _MEDIA_ERRORS = {Status.UNRECOVERED_READ, Status.GUARD_CHECK, Status.WRITE_FAULT}
 
 
 def dispatch(context: Context, command: c.Command) -> c.Result:
     """Carries the command out. Raises CommandError for what cannot be."""
-    _count(context.controller, type(command))
+    _count(context.controller.counters, type(command))
     context.controller.idle.use_time_until(context.time.submitted_ns)
     context.time.fetch()
     return HANDLERS[type(command)](context, command)
@@ -63,21 +62,29 @@ def note_failure(
     """Counts and logs a failed command; a media error also raises an asynchronous event."""
     controller.counters.failed_commands += 1
     controller.errors.add(
-        error.status, error.detail, queue=queue, cid=cid, command=command, at_ns=at_ns
+        error.status,
+        error.detail,
+        queue=queue,
+        cid=cid,
+        command=command,
+        at_ns=at_ns,
+        power_cycle=controller.counters.power_cycles,
     )
     if error.status in _MEDIA_ERRORS:
-        controller.counters.media_errors += 1
-        if controller.features.reports_reliability:
-            for requests in controller.events.values():
-                requests.raise_event(RELIABILITY)
+        upkeep.note_media_error(controller, error.detail)
+    if error.status is Status.WRITE_FAULT:
+        upkeep.raise_everywhere(controller, WRITE_ERROR)
+    if error.status is Status.WRITE_PROTECTED:
+        upkeep.check_warnings(controller)
 
 
-def _count(controller: Controller, kind: type) -> None:
+def _count(counters: Counters, kind: type) -> None:
+    """As NVMe counts: Read and Compare are host reads, Write is the host write command."""
     if kind in _COMPUTE:
-        controller.counters.compute_commands += 1
-    elif kind in _READS:
-        controller.counters.host_read_commands += 1
-    elif kind in _WRITES:
-        controller.counters.host_write_commands += 1
+        counters.compute_commands += 1
+    elif kind in _NVM:
+        counters.nvm_commands += 1
+        counters.host_read_commands += kind is c.Read or kind is c.Compare
+        counters.host_write_commands += kind is c.Write
     else:
-        controller.counters.admin_commands += 1
+        counters.admin_commands += 1

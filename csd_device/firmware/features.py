@@ -6,11 +6,13 @@ from csd_protocol.opcodes import Feature
 from csd_protocol.status import Status
 
 KELVIN_70C = 343
-EVENT_RELIABILITY = 1 << 2  # of ASYNC_EVENT_CONFIGURATION: report lost reliability
+TRACE_SPANS_MAX = 1_000_000  # that a trace keeps at most
+ALL_WARNINGS = 0xFF  # of ASYNC_EVENT_CONFIGURATION: a bit for each critical warning of SMART
 _VALUE_MAX = {
     Feature.TEMPERATURE_THRESHOLD: 0xFFFF,
     Feature.VOLATILE_WRITE_CACHE: 1,
-    Feature.ASYNC_EVENT_CONFIGURATION: 0xFFFF_FFFF,
+    Feature.ASYNC_EVENT_CONFIGURATION: ALL_WARNINGS,
+    Feature.TRACE: TRACE_SPANS_MAX,
 }
 
 
@@ -23,7 +25,8 @@ class Features:
             Feature.TEMPERATURE_THRESHOLD: KELVIN_70C,
             Feature.VOLATILE_WRITE_CACHE: 1,
             Feature.NUMBER_OF_QUEUES: pairs | pairs << 16,
-            Feature.ASYNC_EVENT_CONFIGURATION: EVENT_RELIABILITY,
+            Feature.ASYNC_EVENT_CONFIGURATION: ALL_WARNINGS,
+            Feature.TRACE: 0,
         }
 
     def get(self, feature: int) -> int:
@@ -50,8 +53,13 @@ class Features:
         return bool(self._values[Feature.VOLATILE_WRITE_CACHE])
 
     @property
-    def reports_reliability(self) -> bool:
-        return bool(self._values[Feature.ASYNC_EVENT_CONFIGURATION] & EVENT_RELIABILITY)
+    def reported_warnings(self) -> int:
+        """Which of the critical warning bits raise an asynchronous event."""
+        return self._values[Feature.ASYNC_EVENT_CONFIGURATION]
+
+    @property
+    def temperature_threshold_kelvin(self) -> int:
+        return self._values[Feature.TEMPERATURE_THRESHOLD]
 
 
 def _invalid(detail: str) -> CommandError:

@@ -1,10 +1,11 @@
-"""The error log and the stage log: the newest entries, and totals of everything."""
+"""The error log, which lasts, and the stage log: the newest entries, and totals of everything."""
 
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from csd_device.firmware.commands import StagedSite, StageResult, Timing
+from csd_device.firmware.log_folder import LogFolder
 from csd_protocol.status import Status
 
 ERROR_ENTRIES_MAX = 64
@@ -23,7 +24,7 @@ _SITE_FIELDS = (
 class ErrorEntry:
     """One command that failed."""
 
-    error_count: int  # which of all errors since the drive was opened, from 1
+    error_count: int  # which of all errors of the drive's life, from 1
     queue: int  # 0: no queue's, the drive's own
     cid: int
     command: str
@@ -31,33 +32,48 @@ class ErrorEntry:
     sc: int
     status: str
     detail: str
-    at_ns: int
+    at_ns: int  # drive clock of that power cycle
+    power_cycle: int
 
 
 class ErrorLog:
-    """The newest failed commands, newest first."""
+    """The newest failed commands, newest first; each is written to the folder as it happens."""
 
-    def __init__(self) -> None:
-        self.error_count = 0
+    def __init__(self, folder: LogFolder, error_count: int) -> None:
+        """`error_count`: of the drive's life, as it was saved."""
+        self._folder = folder
+        self.error_count = error_count
         self._entries: deque[ErrorEntry] = deque(maxlen=ERROR_ENTRIES_MAX)
+        for record in folder.records:
+            if record.get("log") == "error":
+                self._restore(record)
 
     def add(
-        self, status: Status, detail: str, *, queue: int, cid: int, command: str, at_ns: int
+        self,
+        status: Status,
+        detail: str,
+        *,
+        queue: int,
+        cid: int,
+        command: str,
+        at_ns: int,
+        power_cycle: int,
     ) -> None:
         self.error_count += 1
-        self._entries.appendleft(
-            ErrorEntry(
-                error_count=self.error_count,
-                queue=queue,
-                cid=cid,
-                command=command,
-                sct=status.sct,
-                sc=status.sc,
-                status=status.value.title,
-                detail=detail,
-                at_ns=at_ns,
-            )
+        entry = ErrorEntry(
+            error_count=self.error_count,
+            queue=queue,
+            cid=cid,
+            command=command,
+            sct=status.sct,
+            sc=status.sc,
+            status=status.value.title,
+            detail=detail,
+            at_ns=at_ns,
+            power_cycle=power_cycle,
         )
+        self._entries.appendleft(entry)
+        self._folder.append({"log": "error", **asdict(entry)})
 
     def report(self) -> dict[str, Any]:
         """A JSON object: `error_count` and `entries`, newest first."""
@@ -65,6 +81,18 @@ class ErrorLog:
             "error_count": self.error_count,
             "entries": [asdict(entry) for entry in self._entries],
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        """What the folder should keep, oldest first."""
+        return [{"log": "error", **asdict(entry)} for entry in reversed(self._entries)]
+
+    def _restore(self, record: dict[str, Any]) -> None:
+        """Takes over one that was written before; another version's is passed over."""
+        names = {field.name for field in fields(ErrorEntry)}
+        if set(record) != names | {"log"} or not isinstance(record["error_count"], int):
+            return
+        self._entries.appendleft(ErrorEntry(**{name: record[name] for name in names}))
+        self.error_count = max(self.error_count, record["error_count"])
 
 
 @dataclass(slots=True)

@@ -14,21 +14,31 @@ DRAM is charged one write for a unit that comes from NAND, a read and a write fo
 from the unit cache; the link's own reads overlap with its transfer.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from csd_device.bookings import forget, make_bookings, stream
+from csd_device.bookings import (
+    BUSY,
+    booked_spans,
+    forget,
+    make_bookings,
+    newly_booked,
+    stream,
+)
 from csd_device.compute import Cost, CostModel
 from csd_device.config import SECTOR_BYTES, DriveConfig
 from csd_device.firmware.commands import Timing
 from csd_device.firmware.write_buffer import WriteBuffer
 from csd_device.ftl import PagePrograms, PageReads
+from csd_device.nand.timeline import BusyTimes
 from csd_protocol.units import NS_PER_S
 
 I64 = npt.NDArray[np.int64]
+Note = Callable[[int, int, int], None]  # server, start ns, end ns
 
 FLOW_PARTS_MAX = 256  # 1 MiB by sectors
 
@@ -39,9 +49,14 @@ class NandTimeline(Protocol):
     `state`, `rules` and `read` are for what is compiled (`firmware.batch`).
     """
 
-    state: Any
-    rules: Any
-    read: Any
+    @property
+    def state(self) -> Any: ...
+
+    @property
+    def rules(self) -> Any: ...
+
+    @property
+    def read(self) -> Any: ...
 
     def read_pages(
         self, arrival_ns: int, ppns: I64, transfer_bytes: I64, extra_ns: I64 | None = None
@@ -53,6 +68,8 @@ class NandTimeline(Protocol):
 
     def moves_ns(self, transfer_bytes: I64) -> I64: ...
 
+    def busy_times(self) -> BusyTimes: ...
+
     def idle_ns(self) -> int: ...
 
 
@@ -61,12 +78,17 @@ class Lane:
 
     def __init__(self, servers: int = 1) -> None:
         self.free_ns: I64 = np.zeros(servers, np.int64)
+        self.busy_ns = 0  # summed over servers
+        self.note: Note | None = None  # told of each server's span, while a trace is taken
 
     def serve(self, arrival_ns: int, duration_ns: int) -> int:
         """When work that arrives now and takes this long is done."""
         server = int(self.free_ns.argmin())
         done_ns = max(int(self.free_ns[server]), arrival_ns) + duration_ns
         self.free_ns[server] = done_ns
+        self.busy_ns += duration_ns
+        if self.note is not None and duration_ns:
+            self.note(server, done_ns - duration_ns, done_ns)
         return done_ns
 
 
@@ -75,6 +97,11 @@ class Pipe:
 
     def __init__(self) -> None:
         self.bookings = make_bookings(1)
+        self.note: Note | None = None  # told of each span taken, while a trace is taken
+
+    @property
+    def busy_ns(self) -> int:
+        return int(self.bookings.lanes[0, BUSY])
 
     def pass_through(self, ready_ns: I64, duration_ns: int, horizon_ns: int) -> I64:
         """When each of equal parts, ready at these times (ascending), has passed, ascending.
@@ -83,7 +110,11 @@ class Pipe:
         """
         passed = ready_ns.copy()
         forget(self.bookings, 0, horizon_ns)
+        before = booked_spans(self.bookings, 0) if self.note is not None else None
         stream(self.bookings, 0, passed, duration_ns)
+        if self.note is not None and before is not None:
+            for start_ns, end_ns in newly_booked(self.bookings, 0, before).tolist():
+                self.note(0, start_ns, end_ns)
         return passed
 
 
@@ -106,6 +137,12 @@ class DriveTime:
     def dram_ns(self, moved_bytes: int) -> int:
         """Nanoseconds, rounded up, that on-drive DRAM takes to move this much."""
         return -(-moved_bytes * NS_PER_S // self.dram_bytes_per_s)
+
+    def worked_ns(self) -> tuple[int, int, int]:
+        """How long NAND (mean over dies), the link (both ways) and the compute engine worked."""
+        dies = self.nand.busy_times().die_ns
+        link_ns = (self.link_down.busy_ns + self.link_up.busy_ns) // 2
+        return int(dies.sum()) // dies.size, link_ns, self.engine.busy_ns
 
     def sector_times(self, done: I64, transfer_bytes: I64) -> I64:
         """When each sector of pages that are done at these times had left the flash, ascending."""
@@ -275,7 +312,7 @@ class CommandTime:
 
     def fork(self) -> "CommandTime":
         """A second time that starts now, for steps that run beside this command's others."""
-        other = CommandTime(self._drive, self.submitted_ns)
+        other = type(self)(self._drive, self.submitted_ns)
         other._take(self)
         return other
 

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from csd_device.config import SECTOR_BYTES
 from csd_device.errors import CommandError, LbaOutOfRange
+from csd_device.firmware import upkeep
 from csd_device.firmware.commands import (
     BlockRange,
     Compare,
@@ -33,6 +34,7 @@ _PIECE_BLOCKS = 256  # blocks that a command without data transfer moves at a ti
 def handle_flush(context: Context, command: Flush) -> None:
     """What was acknowledged before is on the media when this is answered."""
     context.time.flush(context.controller.ftl.flush())
+    upkeep.after_flush(context.controller)
 
 
 def handle_write(context: Context, command: Write) -> None:
@@ -49,8 +51,7 @@ def handle_read(context: Context, command: Read) -> Data:
     wanted = command.blocks
     _check_range(context, wanted.slba, wanted.blocks)
     _check_transfer(context, wanted.blocks * SECTOR_BYTES)
-    data = _read(context, wanted)
-    context.controller.counters.read_bytes += data.size
+    data = _read_for_host(context, wanted)
     context.time.send(data.size)
     return Data(data.tobytes())
 
@@ -60,7 +61,7 @@ def handle_compare(context: Context, command: Compare) -> None:
     blocks = _blocks_of(context, command.data)
     _check_range(context, command.slba, blocks)
     context.time.receive(len(command.data))
-    stored = _read(context, BlockRange(command.slba, blocks))
+    stored = _read_for_host(context, BlockRange(command.slba, blocks))
     different = np.flatnonzero(stored != np.frombuffer(command.data, np.uint8))
     if different.size:
         block = command.slba + int(different[0]) // SECTOR_BYTES
@@ -71,7 +72,7 @@ def handle_verify(context: Context, command: Verify) -> None:
     """Reads the blocks and moves nothing. Raises what reading raises."""
     _check_range(context, command.blocks.slba, command.blocks.blocks)
     for piece in _pieces(command.blocks):
-        _read(context, piece)
+        _read_for_host(context, piece)
 
 
 def handle_write_zeroes(context: Context, command: WriteZeroes) -> None:
@@ -120,6 +121,12 @@ def handle_copy(context: Context, command: Copy) -> None:
         for piece in _pieces(source):
             _write(context, at, _read(context, piece), fua=False)
             at += piece.blocks
+
+
+def _read_for_host(context: Context, blocks: BlockRange) -> npt.NDArray[np.uint8]:
+    """As NVMe counts data units: what Read, Compare and Verify read."""
+    context.controller.counters.read_bytes += blocks.blocks * SECTOR_BYTES
+    return _read(context, blocks)
 
 
 def _read(context: Context, blocks: BlockRange) -> npt.NDArray[np.uint8]:

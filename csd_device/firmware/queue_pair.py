@@ -9,6 +9,7 @@ from heapq import heappop, heappush
 
 from csd_device.clock import TimeMode
 from csd_device.errors import CommandError
+from csd_device.firmware import upkeep
 from csd_device.firmware.commands import (
     Abort,
     AsyncEvent,
@@ -26,6 +27,7 @@ from csd_device.firmware.dispatch import dispatch, note_failure
 from csd_device.firmware.events import EventRequests
 from csd_device.firmware.hosts import Host
 from csd_device.firmware.modelled_time import CommandTime
+from csd_device.firmware.trace import TracedCommand, TracedTime
 from csd_device.firmware.unreadable import UnitsUnreadable
 from csd_protocol.status import Status
 
@@ -44,6 +46,7 @@ class QueuePair:
         self._controller = controller
         self._host = host
         self._events = controller.events[queue_id] = EventRequests()
+        controller.queues[queue_id] = self
         self._pending: dict[int, Completion] = {}  # by CID
         self._due: list[tuple[int, int, int, Completion]] = []  # heap: due, done, sequence
         self._refused: list[Completion] = []  # never got a place in the queue
@@ -58,6 +61,10 @@ class QueuePair:
     def in_flight(self) -> int:
         """Commands submitted and not popped yet, event requests among them."""
         return len(self._pending) + len(self._events.waiting)
+
+    @property
+    def host_id(self) -> str:
+        return self._host.host_id
 
     def submit(self, cid: int, command: Command, arrival_ns: int) -> None:
         """Takes one command; whatever comes of it is a completion.
@@ -112,7 +119,7 @@ class QueuePair:
         self._pending.clear()
         self._due.clear()
         self._events.waiting.clear()
-        del self._controller.events[self.queue_id]
+        del self._controller.events[self.queue_id], self._controller.queues[self.queue_id]
         self._controller.hosts.detach(self._host, self._controller.stager.window)
 
     def _refusal(self, cid: int) -> CommandError | None:
@@ -132,8 +139,13 @@ class QueuePair:
         self._refused.append(_failed(cid, error, self._instant(now_ns)))
 
     def _carry_out(self, cid: int, command: Command, arrival_ns: int) -> None:
-        controller = self._controller
-        time = CommandTime(controller.time, arrival_ns)
+        controller, kind = self._controller, type(command).__name__
+        trace = controller.trace
+        if trace is not None and trace.is_on:
+            trace.begin(kind, self.queue_id, cid)
+            time: CommandTime = TracedTime(controller.time, arrival_ns)
+        else:
+            time = CommandTime(controller.time, arrival_ns)
         try:
             result = self._execute(command, time)
         except CommandError as error:
@@ -141,8 +153,25 @@ class QueuePair:
             completion = _failed(cid, error, time.timing())
         else:
             completion = Completion(cid, Status.SUCCESS, time.timing(), result)
-        controller.counters.busy_ns += time.now_ns - arrival_ns
+        if isinstance(time, TracedTime):
+            self._trace(completion, kind, time)
+        upkeep.after_command(controller, kind, arrival_ns, time.now_ns)
         self._post(completion, arrival_ns)
+
+    def _trace(self, completion: Completion, kind: str, time: TracedTime) -> None:
+        trace = self._controller.trace
+        assert trace is not None
+        traced = TracedCommand(
+            queue=self.queue_id,
+            cid=completion.cid,
+            name=kind,
+            host=self._host.name,
+            status=completion.status.value.title,
+            start_ns=time.submitted_ns,
+            end_ns=time.now_ns,
+            steps=time.steps,
+        )
+        trace.end(traced, self._controller.stager.window.leases())
 
     def _execute(self, command: Command, time: CommandTime) -> Result:
         if isinstance(command, Abort):

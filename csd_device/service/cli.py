@@ -65,6 +65,9 @@ def serve(
     window: Annotated[
         Path | None, typer.Option(help="File of the window; by default on /dev/shm.")
     ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT of Prometheus metrics; none by default.")
+    ] = None,
     allow_remote: Annotated[
         bool, typer.Option(help="Listen where other machines can reach it, without encryption.")
     ] = False,
@@ -74,10 +77,11 @@ def serve(
 ) -> None:
     """Serve a drive until SIGTERM or Ctrl-C."""
     said = Console(stderr=True, highlight=False)
-    address = _checked_address(listen, allow_remote, said)
+    address = _checked_address("--listen", listen, allow_remote, said)
+    scraped = _checked_metrics(metrics, allow_remote, said)
     try:
         config = load_config(drive)
-        _run(config, media, window, address, time, stop_with_stdin, said)
+        _run(config, media, window, address, scraped, time, stop_with_stdin, said)
     except DriveRefused as error:
         said.print(f"[red]refused:[/] {error}", soft_wrap=True)
         raise typer.Exit(_EXIT_REFUSED) from None
@@ -98,6 +102,7 @@ def _run(
     media: Path,
     window: Path | None,
     address: Address,
+    metrics: TcpAddress | None,
     time: TimeMode,
     stop_with_stdin: bool,
     said: Console,
@@ -107,15 +112,17 @@ def _run(
     try:
         rehearse()
 
-        def ready(bound: Address) -> None:
+        def ready(bound: Address, scraped: TcpAddress | None) -> None:
             typer.echo(f"ready: {config.name} at {bound}, window {opened.window_path}")
+            if scraped:
+                typer.echo(f"metrics: http://{scraped}/metrics")
             said.print(
                 f"{config.description}: {format_size(config.capacity_bytes)} at {media}, "
                 f"time {time.value}",
                 soft_wrap=True,
             )
 
-        daemon.serve(opened, address, ready, stop_with_stdin)
+        daemon.serve(opened, address, metrics, ready, stop_with_stdin)
     finally:
         opened.close()
 
@@ -128,11 +135,21 @@ def _parsed(option: str, text: str) -> Address:
         raise typer.Exit(_EXIT_USAGE) from None
 
 
-def _checked_address(listen: str, allow_remote: bool, said: Console) -> Address:
-    address = _parsed("--listen", listen)
+def _checked_metrics(metrics: str | None, allow_remote: bool, said: Console) -> TcpAddress | None:
+    if metrics is None:
+        return None
+    address = _checked_address("--metrics", metrics, allow_remote, said)
+    if not isinstance(address, TcpAddress):
+        said.print(f"[red]--metrics:[/] {metrics} is no HOST:PORT", soft_wrap=True)
+        raise typer.Exit(_EXIT_USAGE)
+    return address
+
+
+def _checked_address(option: str, text: str, allow_remote: bool, said: Console) -> Address:
+    address = _parsed(option, text)
     if isinstance(address, TcpAddress) and not address.is_loopback and not allow_remote:
         said.print(
-            f"[red]--listen:[/] other machines can reach {address}, and nothing protects the "
+            f"[red]{option}:[/] other machines can reach {address}, and nothing protects the "
             "drive from them. Use a loopback address or unix:PATH, or say --allow-remote",
             soft_wrap=True,
         )

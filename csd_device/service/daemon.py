@@ -19,6 +19,7 @@ from csd_device.drive import Drive
 from csd_device.errors import DriveRefused
 from csd_device.service.endpoint import Endpoint
 from csd_device.service.hold import new_event_loop
+from csd_device.service.metrics import serve_metrics
 from csd_device.service.servicer import QueuePairServicer
 from csd_protocol.address import Address, TcpAddress, UnixAddress
 from csd_protocol.csd.v1 import csd_pb2 as pb
@@ -30,20 +31,31 @@ _MESSAGE_SPARE_BYTES = 16 << 20  # besides a command's data: unit lists, program
 _STOP_GRACE_S = 0.2
 
 
+Ready = Callable[[Address, TcpAddress | None], None]
+
+
 def serve(
-    drive: Drive, address: Address, ready: Callable[[Address], None], stop_with_stdin: bool
+    drive: Drive,
+    address: Address,
+    metrics: TcpAddress | None,
+    ready: Ready,
+    stop_with_stdin: bool,
 ) -> None:
     """Serves until SIGTERM or SIGINT (or the end of standard input), then stops cleanly.
 
-    `ready` is called with the address once it answers. Raises DriveRefused when nothing can listen
-    there. The drive stays the caller's to close.
+    `ready` is called with the address, and that of the metrics, once they answer. Raises
+    DriveRefused when nothing can listen there. The drive stays the caller's to close.
     """
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve(drive, address, ready, stop_with_stdin))
+        runner.run(_serve(drive, address, metrics, ready, stop_with_stdin))
 
 
 async def _serve(
-    drive: Drive, address: Address, ready: Callable[[Address], None], stop_with_stdin: bool
+    drive: Drive,
+    address: Address,
+    metrics: TcpAddress | None,
+    ready: Ready,
+    stop_with_stdin: bool,
 ) -> None:
     stop = _stop_requested(stop_with_stdin)
     server = grpc.aio.server(options=_options(drive.mdts_bytes))
@@ -53,10 +65,13 @@ async def _serve(
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     bound = _bind(server, address)
+    scraped = await serve_metrics(drive, metrics) if metrics else None
     await server.start()
     await state.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
-    ready(bound)
+    ready(bound, scraped.address if scraped else None)
     await stop.wait()
+    if scraped:
+        scraped.server.close()
     await state.enter_graceful_shutdown()
     await server.stop(_STOP_GRACE_S)
 

@@ -131,7 +131,7 @@ _READERS: dict[tuple[int, int], tuple[str, Reader]] = {
     (_ADMIN, AdminOpcode.IDENTIFY): ("identify", lambda body: fw.Identify(body.cns)),
     (_ADMIN, AdminOpcode.GET_LOG_PAGE): (
         "get_log_page",
-        lambda body: fw.GetLogPage(body.log_id),
+        lambda body: fw.GetLogPage(body.log_id, body.offset_bytes, body.length_bytes),
     ),
     (_ADMIN, AdminOpcode.ABORT): ("abort", lambda body: fw.Abort(body.cid)),
     (_ADMIN, AdminOpcode.SET_FEATURES): (

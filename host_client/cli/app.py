@@ -56,7 +56,16 @@ class Commands(OnDemandGroup):
             "identify",
             "Print controller, namespace, window and loaded programs.",
         ),
-        "log": Entry(f"{_CLI}.drive_commands", "log", "Print a log page: smart, error or stage."),
+        "log": Entry(
+            f"{_CLI}.log_commands",
+            "log",
+            "Print a log page: smart, error, stage, events, telemetry or endurance.",
+        ),
+        "trace": Entry(
+            f"{_CLI}.log_commands",
+            "trace",
+            "Record what the drive does, for ui.perfetto.dev.",
+        ),
         "faults": Entry(
             f"{_CLI}.fault_commands", "app", "Faults of the drive: show, set and clear."
         ),

@@ -1,24 +1,14 @@
-"""`csd identify` and `csd log`: what the drive says of itself."""
+"""`csd identify`: what the drive says of itself."""
 
 import json
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
 
-from csd_protocol.opcodes import Cns, LogPage
+from csd_protocol.opcodes import Cns
 from host_client.cli.console import TimeMode, open_drive, out
 from host_client.cli.options import DriveAddress, Json, Time
-
-
-class Log(StrEnum):
-    SMART = "smart"
-    ERROR = "error"
-    STAGE = "stage"
-
-
-_LOG_PAGES = {Log.SMART: LogPage.SMART, Log.ERROR: LogPage.ERROR, Log.STAGE: LogPage.STAGE}
 
 
 def identify(
@@ -32,21 +22,6 @@ def identify(
         return
     for title, answer in answers.items():
         _print(title, answer)
-
-
-def log(
-    page: Annotated[Log, typer.Argument(help="Which log page.")],
-    drive: DriveAddress = None,
-    time: Time = TimeMode.VIRTUAL,
-    as_json: Json = False,
-) -> None:
-    """Print a log page: smart, error or stage."""
-    with open_drive(drive, time) as opened:
-        answer = opened.log_page(_LOG_PAGES[page])
-    if as_json:
-        typer.echo(json.dumps(answer))
-        return
-    _print(page.value, answer)
 
 
 def _print(title: str, answer: dict[str, Any]) -> None:

@@ -1,17 +1,21 @@
 """`csd pack` and `csd generate`: the commands that bring torch and transformers in."""
 
 import time as host_time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
+from csd_protocol.opcodes import LogPage
 from csd_protocol.packed import COPIES_MAX, PackedModel
 from csd_protocol.units import format_size
 from host_client.calibrate.preparation import CALIBRATION_TOKENS, calibrate, load_predictors
 from host_client.cli import reports
 from host_client.cli.console import TimeMode, err, open_drive, out, progress_bytes, progress_count
+from host_client.cli.log_commands import write_trace
 from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
 from host_client.driver import Drive
 from host_client.io.opening import Kind as ReaderKind
@@ -27,6 +31,7 @@ from host_client.runtime.causal_lm import (
 from host_client.runtime.generate import generate as run_generation
 from host_client.runtime.generate import prompt_ids
 from host_client.runtime.quality import Quality
+from host_client.runtime.timeline import HostTimeline
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -127,6 +132,10 @@ def generate(
     reader: Annotated[ReaderKind, typer.Option(help="How the window is read.")] = "auto",
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write a timeline of host and drive here, for ui.perfetto.dev."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text, the weights staged by the drive as they are needed."""
@@ -147,17 +156,22 @@ def generate(
                 audit=True,
                 progress=update,
             )
+        timeline = HostTimeline(host_time.perf_counter_ns) if trace else None
         try:
-            report = run_generation(
-                made,
-                tokenizer,
-                ids,
-                max_new_tokens,
-                host_time.perf_counter_ns,
-                None if as_json else _text_streamer(tokenizer),
-            )
+            with opened.traced() if trace else nullcontext():
+                report = run_generation(
+                    made,
+                    tokenizer,
+                    ids,
+                    max_new_tokens,
+                    host_time.perf_counter_ns,
+                    None if as_json else _text_streamer(tokenizer),
+                    timeline,
+                )
         finally:
             runtime_of(made).close()
+        if trace and timeline:
+            write_trace(trace, timeline.combined(opened.log_page(LogPage.TRACE)))
         if as_json:
             typer.echo(report.model_dump_json())
             return

@@ -1,6 +1,7 @@
 """The driver: links to a drive, queue pairs over them, and `Drive`, which the host uses."""
 
 from host_client.driver.commands import (
+    AsyncEvent,
     LostUnits,
     Residency,
     Staged,
@@ -20,6 +21,7 @@ from host_client.driver.errors import (
 from host_client.driver.queue_pair import PendingCommand
 
 __all__ = [
+    "AsyncEvent",
     "CommandFailed",
     "Drive",
     "DriveError",

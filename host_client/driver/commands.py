@@ -37,6 +37,30 @@ class StageTarget:
 
 
 @dataclass(frozen=True, slots=True)
+class AsyncEvent:
+    """What the drive reports unasked: NVMe's event type and information, and which log says more.
+
+    Further events of its type are told once that log page was read.
+    """
+
+    type: int  # 0 error, 1 SMART / health
+    info: int
+    log_id: int
+
+    def __str__(self) -> str:
+        known = _EVENT_NAMES.get((self.type, self.info))
+        return known or f"event type {self.type}, information {self.info:02X}h"
+
+
+_EVENT_NAMES = {
+    (0, 4): "a write failed (transient internal error)",
+    (1, 0): "reliability compromised",
+    (1, 1): "temperature at the threshold",
+    (1, 2): "available spare below its threshold",
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
     """Where a command's modelled time went, in ns of the drive's clock; all 0 with time off."""
 

@@ -1,11 +1,13 @@
 """`Drive`: a computational storage drive as the rest of the host sees it."""
 
+import json
 import logging
 import os
 import socket
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -14,9 +16,9 @@ import numpy as np
 
 from csd_protocol.address import parse_address
 from csd_protocol.csd.v1 import csd_pb2 as pb
-from csd_protocol.opcodes import Cns
+from csd_protocol.opcodes import Cns, Feature
 from host_client.driver import entries
-from host_client.driver.commands import F32, U32, Residency, Staged, StageTarget
+from host_client.driver.commands import F32, U32, AsyncEvent, Residency, Staged, StageTarget
 from host_client.driver.embedded import Daemon
 from host_client.driver.entries import Command
 from host_client.driver.errors import DriveError, DriveLost, DriveUnavailable, QueueFull
@@ -29,6 +31,8 @@ _PROGRAM_CHUNK_BYTES = 1 << 20
 _TRANSFERS_IN_FLIGHT = 4
 _COPY_BYTES = 4 << 20  # of one Copy, so that a drive is not held up by it
 _ALIVE_TIMEOUT_S = 1.0
+_LOG_PIECE_BYTES = 1 << 20
+TRACE_SPANS = 200_000  # that a trace keeps unless told otherwise
 
 T = TypeVar("T")
 TimeMode = Literal["wall", "virtual", "off"]
@@ -55,6 +59,7 @@ class Drive:
         self._daemon: Daemon | None = None
         self._residency: dict[int, dict[int, Residency]] = {}
         self._tellers: dict[int, object] = {}
+        self._event: PendingCommand[AsyncEvent] | None = None
         self._open()
 
     @classmethod
@@ -126,7 +131,48 @@ class Drive:
         return self._call(entries.identify(cns))
 
     def log_page(self, log_id: int) -> dict[str, Any]:
-        return self._call(entries.get_log_page(log_id))
+        """A page as the JSON object that it is (docs/TELEMETRY.md). It is read in pieces."""
+        page = b""
+        while True:
+            part = entries.get_log_page(log_id, len(page), _LOG_PIECE_BYTES)
+            data = self._queue.submit(part, entries.data_of).result()
+            page += data
+            if len(data) < _LOG_PIECE_BYTES:
+                break
+        answer: dict[str, Any] = json.loads(page)
+        return answer
+
+    def set_feature(self, feature: Feature, value: int) -> None:
+        self._queue.submit(entries.set_feature(feature, value), entries.nothing).result()
+
+    def get_feature(self, feature: Feature) -> int:
+        return self._queue.submit(entries.get_feature(feature), entries.dword0_of).result()
+
+    def wait_event(self, timeout_s: float | None = None) -> AsyncEvent | None:
+        """The next asynchronous event; None when there is none within `timeout_s`.
+
+        The request stays with the drive between calls, so no event is missed. An event of the
+        same type comes again only after its log page was read.
+        """
+        if self._event is None:
+            self._event = self._queue.submit(entries.async_event(), entries.event_of)
+        if not self._event.wait(timeout_s):
+            return None
+        told, self._event = self._event, None
+        return told.result()
+
+    @contextmanager
+    def traced(self, spans_max: int = TRACE_SPANS) -> Iterator[None]:
+        """The drive records what it does, meanwhile. `log_page(LogPage.TRACE)` has it then.
+
+        Raises CommandFailed for a drive with time off: nothing is modelled there.
+        """
+        self.set_feature(Feature.TRACE, spans_max)
+        try:
+            yield
+        finally:
+            with suppress(DriveLost):
+                self.set_feature(Feature.TRACE, 0)
 
     def faults(self) -> dict[str, Any]:
         """The settings of each fault (None: off), their seed, and `counters` of what they did."""
@@ -309,6 +355,7 @@ class Drive:
         Raises DriveUnavailable when nothing answers.
         """
         self._queue.close()
+        self._event = None
         try:
             self._open()
         except DriveLost as error:

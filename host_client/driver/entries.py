@@ -14,6 +14,7 @@ from csd_protocol.opcodes import AdminOpcode, ComputeOpcode, Feature, NvmOpcode
 from host_client.driver.commands import (
     F32,
     U32,
+    AsyncEvent,
     LostUnits,
     Residency,
     Staged,
@@ -68,8 +69,9 @@ def identify(cns: int) -> Command:
     return _admin(f"Identify {cns:02X}h", AdminOpcode.IDENTIFY, identify=body)
 
 
-def get_log_page(log_id: int) -> Command:
-    body = pb.GetLogPage(log_id=log_id)
+def get_log_page(log_id: int, offset_bytes: int = 0, length_bytes: int = 0) -> Command:
+    """`length_bytes` 0: to the end of the page."""
+    body = pb.GetLogPage(log_id=log_id, offset_bytes=offset_bytes, length_bytes=length_bytes)
     return _admin(f"Get Log Page {log_id:02X}h", AdminOpcode.GET_LOG_PAGE, get_log_page=body)
 
 
@@ -88,6 +90,21 @@ def get_faults() -> Command:
 
 def abort(cid: int) -> Command:
     return _admin(f"Abort of CID {cid}", AdminOpcode.ABORT, abort=pb.Abort(cid=cid))
+
+
+def set_feature(feature: int, value: int) -> Command:
+    body = pb.Features(feature_id=feature, value=value)
+    return _admin(f"Set Features {feature:02X}h", AdminOpcode.SET_FEATURES, features=body)
+
+
+def get_feature(feature: int) -> Command:
+    body = pb.Features(feature_id=feature)
+    return _admin(f"Get Features {feature:02X}h", AdminOpcode.GET_FEATURES, features=body)
+
+
+def async_event() -> Command:
+    body = pb.AsyncEvent()
+    return _admin("Asynchronous Event Request", AdminOpcode.ASYNC_EVENT, async_event=body)
 
 
 def keep_alive() -> Command:
@@ -256,6 +273,15 @@ def data_of(completion: pb.CompletionEntry) -> bytes:
 
 def json_of(completion: pb.CompletionEntry) -> Any:
     return json.loads(completion.data)
+
+
+def dword0_of(completion: pb.CompletionEntry) -> int:
+    return completion.dword0
+
+
+def event_of(completion: pb.CompletionEntry) -> AsyncEvent:
+    told = completion.async_event
+    return AsyncEvent(told.type, told.info, told.log_id)
 
 
 def units_of(completion: pb.CompletionEntry) -> U32:

@@ -76,6 +76,14 @@ class PendingCommand(Generic[T]):
             raise failed
         return self._interpret(self._outcome)
 
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits for the completion, and leaves the command in flight when it does not come."""
+        if self._outcome is None and self._gate.acquire(
+            timeout=-1 if timeout_s is None else timeout_s
+        ):
+            self._gate.release()
+        return self._outcome is not None
+
     def add_done_callback(self, callback: Callable[["PendingCommand[T]"], None]) -> None:
         """Calls it with this command once done, on the lane's thread, or at once if it is done.
 

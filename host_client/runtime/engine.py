@@ -31,6 +31,7 @@ from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import ContextExceeded, WindowTooSmall
 from host_client.runtime.residency import ResidentSite, residency_of
 from host_client.runtime.tally import Tally
+from host_client.runtime.timeline import COMPUTE, HostTimeline
 
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
@@ -118,6 +119,10 @@ class Engine:
             self._next = 0
         self._guided = guided
         self._pump()
+
+    def record(self, timeline: HostTimeline | None) -> None:
+        """Waits, commands and reads go into this timeline from here on; None: into none."""
+        self._prefetcher.timeline = timeline
 
     def tell_residency(self) -> None:
         """Say what this model holds, unless it was the last to speak of its packed model."""
@@ -257,6 +262,8 @@ class Engine:
         started_ns = self._now_ns()
         arrival = self._prefetcher.take()
         self.tally.wait_ns += self._now_ns() - started_ns
+        if self._prefetcher.timeline is not None:
+            self._prefetcher.timeline.note(COMPUTE, f"wait for step {number}", started_ns)
         return arrival
 
     def _release_current(self) -> None:

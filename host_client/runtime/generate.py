@@ -1,6 +1,7 @@
 """One generation, measured: the text, how fast it came, and what host and drive did for it."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from host_client.runtime.causal_lm import runtime_of
 from host_client.runtime.tally import Tally
+from host_client.runtime.timeline import COMPUTE, HostTimeline
 
 NS_PER_S = 1e9
 
@@ -102,12 +104,17 @@ def generate(
     max_new_tokens: int,
     now_ns: Callable[[], int],
     streamer: BaseStreamer | None = None,
+    timeline: HostTimeline | None = None,
 ) -> GenerationReport:
-    """Generate greedily from `ids` int64 [1, tokens] and say what it took."""
+    """Generate greedily from `ids` int64 [1, tokens] and say what it took.
+
+    `timeline` is given the host's waits, reads, commands and tokens.
+    """
     runtime = runtime_of(model)
     before = runtime.tally.snapshot()
     marks: list[Tally] = []
     clock = TokenClock(streamer, now_ns, lambda: marks.append(runtime.tally.snapshot()))
+    runtime.engine.record(timeline)
     started_ns = now_ns()
     with torch.inference_mode():
         output = cast(Any, model).generate(
@@ -118,6 +125,8 @@ def generate(
             streamer=clock,
             pad_token_id=tokenizer.eos_token_id,
         )
+    if timeline is not None:
+        _note_tokens(timeline, started_ns, clock.times_ns)
     new_ids = [int(token) for token in output[0, ids.shape[1] :]]
     decode = runtime.tally.since(marks[0])
     decoded = max(1, len(clock.times_ns) - 1)
@@ -146,6 +155,11 @@ def generate(
         reader=runtime.reader.name,
         drive=_drive_report(whole),
     )
+
+
+def _note_tokens(timeline: HostTimeline, started_ns: int, times_ns: list[int]) -> None:
+    for number, (start_ns, end_ns) in enumerate(pairwise([started_ns, *times_ns])):
+        timeline.note(COMPUTE, f"token {number}", start_ns, end_ns)
 
 
 def _drive_report(tally: Tally) -> DriveReport:

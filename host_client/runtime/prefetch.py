@@ -32,6 +32,7 @@ from host_client.runtime.plan import STAGE_ALIGN_BYTES
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
 from host_client.runtime.tally import Tally
+from host_client.runtime.timeline import READING, HostTimeline
 
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
@@ -98,6 +99,7 @@ class _Burst:
 
     requests: tuple[_Request, ...]
     pending: PendingUnits | None  # None: nothing to ask of the drive
+    asked_ns: int = 0  # with a timeline: when the command was sent
 
 
 class Prefetcher:
@@ -119,6 +121,7 @@ class Prefetcher:
         self._checksums = checksums
         self._resident = resident
         self._tally = tally
+        self.timeline: HostTimeline | None = None
         self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
         for buffer in buffers:
             self._free.put(buffer)
@@ -158,12 +161,13 @@ class Prefetcher:
         targets = [_target(wanted, keep) for request in requests for wanted in request.wanted]
         release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
         pending: PendingUnits | None = None
+        asked_ns = self.timeline.now_ns() if self.timeline else 0
         if targets and keep < 1.0 and hidden is not None:
             pending = self._copies.predict_and_stage(program, token, hidden, targets, release)
         elif targets:
             pending = self._copies.stage(targets, release)
         self._outstanding.extend(requests)
-        self._bursts.put(_Burst(requests, pending))
+        self._bursts.put(_Burst(requests, pending, asked_ns))
 
     def take(self) -> Arrival:
         """The next requested step, once it is there. Raises what went wrong on its way."""
@@ -211,6 +215,9 @@ class Prefetcher:
         if burst.pending is not None:
             staged = burst.pending.result(STAGE_TIMEOUT_S)
             self._tally.add_staged(staged)
+            if self.timeline is not None and burst.asked_ns:
+                numbers = [request.step.number for request in burst.requests]
+                self.timeline.note_command(numbers, burst.asked_ns, staged.timing)
             sites = iter(staged.sites)
         for request in burst.requests:
             mine = list(itertools.islice(sites, len(request.wanted)))
@@ -248,9 +255,12 @@ class Prefetcher:
                 f"step {request.step.number} needs {end} bytes; a staging buffer has "
                 f"{self._buffer_bytes}"
             )
+        started_ns = self.timeline.now_ns() if self.timeline else 0
         self._read_window(request, staged, buffer, offsets)
         for wanted, site, offset in zip(request.wanted, staged, offsets, strict=True):
             arrival.blocks[site.site] = self._block(wanted, site, buffer, offset)
+        if self.timeline is not None:
+            self.timeline.note(READING, f"read and check step {request.step.number}", started_ns)
 
     def _read_window(
         self, request: _Request, staged: list[StagedSite], buffer: Buffer, offsets: list[int]

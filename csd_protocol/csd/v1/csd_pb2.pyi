@@ -507,21 +507,28 @@ Global___Identify: _TypeAlias = Identify  # noqa: Y015
 
 @_typing.final
 class GetLogPage(_message.Message):
-    """Answered with a JSON object in CompletionEntry.data."""
+    """Answered with a JSON object in CompletionEntry.data; docs/TELEMETRY.md has the pages."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LOG_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
     log_id: _builtins.int
-    """01h error, 02h SMART, C0h stage"""
+    offset_bytes: _builtins.int
+    """where in the page the answer starts"""
+    length_bytes: _builtins.int
+    """most that is answered; 0: to the end of the page"""
     def __init__(
         self,
         *,
         log_id: _builtins.int = ...,
+        offset_bytes: _builtins.int = ...,
+        length_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_id", b"log_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length_bytes", b"length_bytes", "log_id", b"log_id", "offset_bytes", b"offset_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

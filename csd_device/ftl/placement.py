@@ -94,7 +94,8 @@ class Placement:
             pointer = self.pointers[stream]
             if pointer != NO_POINTER:
                 padding = -pointer % self._geometry.sectors_per_page
-                self._advance(stream, padding, is_move=stream is Stream.MOVED)
+                if padding:
+                    self._advance(stream, padding, is_move=stream is Stream.MOVED)
 
     def erase(self, superblock: int) -> bool:
         """Whether it could be erased. Raises WriteFault when it is not the cells that failed."""

@@ -5,9 +5,10 @@
     lease     one piece of the window a target                         window
     bring     from the unit cache, or from NAND with a CRC check       unit cache, FTL
 
-Everything is arrays of unit numbers, ascending; row i of a lease is unit i of them. Misses are read
-in pieces that stay in the processor's cache while they are checked, cached and packed. A command
-stages all of its targets or none: what fails gives back what it had leased.
+Everything is arrays of unit numbers, ascending; row i of a lease is unit i of them. What is read
+goes into its lease and into the unit cache with its CRC32C computed, in one pass where that can be
+(`csd_device.checked_copy`). A command stages all of its targets or none: what fails gives back what
+it had leased.
 """
 
 from collections.abc import Iterator
@@ -25,14 +26,13 @@ from csd_device.firmware.models import LoadedModel, SiteRecord
 from csd_device.firmware.prediction import Prediction
 from csd_device.ftl import Ftl, PageReads
 from csd_device.gather import gather
-from csd_protocol.crc32c import crc32c_units
 from csd_protocol.status import Status
 
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES, BULK_BYTES = 1 << 20, 16 << 20
 NO_UNITS: U32 = np.empty(0, np.uint32)
 
 
@@ -160,9 +160,10 @@ class Stager:
         side_by_side = int(rows[-1]) - int(rows[0]) + 1 == rows.size
         data = out[rows[0] : rows[-1] + 1] if side_by_side else self._scratch_rows(rows, site)
         offsets = site.offset_bytes + wanted.astype(np.int64) * site.unit_bytes
-        reads = self._ftl.read_units(offsets, site.unit_bytes, data)
-        _check_units(site, wanted, data)
-        self.cache.insert(site.key, wanted, data)
+        room = self.cache.claim(site.key, wanted, site.unit_bytes)
+        reads, checksums = self._ftl.read_checked(offsets, data, room.keep)
+        _check_units(site, wanted, checksums)
+        self.cache.own(room)
         if not side_by_side:
             lengths = np.full(rows.size, site.unit_bytes, np.int64)
             starts = np.arange(rows.size) * site.unit_bytes
@@ -220,9 +221,9 @@ def _named(site: SiteRecord, units: U32) -> U32:
     return units
 
 
-def _check_units(site: SiteRecord, units: U32, data: U8) -> None:
+def _check_units(site: SiteRecord, units: U32, found: U32) -> None:
     """Raises CommandError (Guard Check) naming the first unit whose CRC32C does not match."""
-    found, expected = crc32c_units(data), site.crcs[units]
+    expected = site.crcs[units]
     if np.array_equal(found, expected):
         return
     first = int(np.argmax(found != expected))
@@ -234,8 +235,13 @@ def _check_units(site: SiteRecord, units: U32, data: U8) -> None:
 
 
 def _pieces(rows: I64, unit_bytes: int) -> Iterator[I64]:
-    """Runs of rows of at most PIECE_BYTES, and of one unit at least."""
-    step = max(1, PIECE_BYTES // unit_bytes)
+    """Parts of the rows to be read at once, of one unit at least.
+
+    Rows side by side go straight to the window, in parts of at most BULK_BYTES; others by way of
+    scratch memory that stays in the processor's cache, PIECE_BYTES of it.
+    """
+    side_by_side = int(rows[-1]) - int(rows[0]) + 1 == rows.size
+    step = max(1, (BULK_BYTES if side_by_side else PIECE_BYTES) // unit_bytes)
     return (rows[start : start + step] for start in range(0, rows.size, step))
 
 

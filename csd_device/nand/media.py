@@ -16,16 +16,18 @@ import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from csd_device.checked_copy import Keep, copy_checked
 from csd_device.errors import DriveRefused, WriteFault
 from csd_device.gather import gather
 from csd_protocol.units import format_size
 
 U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 
 _FALLOC_FL_KEEP_SIZE = 0x01
@@ -79,6 +81,15 @@ class Media(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class DirectMedia(Protocol):
+    """Media whose cells lie in memory as they are read: copied and checked in one pass."""
+
+    def copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
+        """Reads the unit at each media address into its row of `out`: `copy_checked`."""
+        ...
+
+
 class RamMedia:
     """Cells in memory, touched as they are written."""
 
@@ -92,6 +103,9 @@ class RamMedia:
     def gather(self, pieces: Pieces, out: U8) -> Retries | None:
         gather(self._cells, pieces.starts, pieces.lengths, pieces.targets, out)
         return None
+
+    def copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
+        return copy_checked(self._cells, starts, out, keep)
 
     def write(self, start: int, data: U8) -> None:
         _check_range(self, start, data.size)
@@ -133,6 +147,11 @@ class FileMedia:
         gather(self._cells, pieces.starts, pieces.lengths, pieces.targets, out)
         self._bound_mapped(int(pieces.lengths.sum()) + pieces.lengths.size * _FAULT_BYTES)
         return None
+
+    def copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
+        checksums = copy_checked(self._cells, starts, out, keep)
+        self._bound_mapped(out.size + starts.size * _FAULT_BYTES)
+        return checksums
 
     def write(self, start: int, data: U8) -> None:
         _check_range(self, start, data.size)

@@ -26,6 +26,7 @@ from csd_device.config import SECTOR_BYTES, DriveConfig
 from csd_device.firmware.commands import Timing
 from csd_device.firmware.write_buffer import WriteBuffer
 from csd_device.ftl import PagePrograms, PageReads
+from csd_device.nand.timeline import BusyTimes
 from csd_protocol.units import NS_PER_S
 
 I64 = npt.NDArray[np.int64]
@@ -52,6 +53,10 @@ class NandTimeline(Protocol):
     def erase_blocks(self, arrival_ns: int, ppns: I64) -> I64: ...
 
     def moves_ns(self, transfer_bytes: I64) -> I64: ...
+
+    def busy_times(self) -> BusyTimes: ...
+
+    def idle_ns(self) -> int: ...
 
 
 class Lane:

@@ -122,6 +122,38 @@ class RamMedia:
         pass
 
 
+class HollowMedia:
+    """Cells that keep no bytes: everything reads as zeroes.
+
+    For runs where only times count, on drives larger than any disk at hand. Put around media that
+    stay empty and are closed with these.
+    """
+
+    def __init__(self, inner: Media) -> None:
+        self._inner = inner
+
+    @property
+    def size_bytes(self) -> int:
+        return self._inner.size_bytes
+
+    def gather(self, pieces: Pieces, out: U8) -> Retries | None:
+        for target, length in zip(pieces.targets.tolist(), pieces.lengths.tolist(), strict=True):
+            out[target : target + length] = 0
+        return None
+
+    def write(self, start: int, data: U8) -> None:
+        _check_range(self, start, data.size)
+
+    def erase(self, start: int, length: int) -> None:
+        _check_range(self, start, length)
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._inner.close()
+
+
 class FileMedia:
     """Cells in a sparse file of `size_bytes`, made if it is not there."""
 

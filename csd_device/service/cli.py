@@ -15,6 +15,7 @@ from csd_device.errors import DriveRefused
 from csd_device.service import daemon
 from csd_device.service import health as health_check
 from csd_device.service.rehearsal import rehearse
+from csd_device.service.workload_command import workload
 from csd_protocol.address import Address, TcpAddress, parse_address
 from csd_protocol.units import format_size
 
@@ -81,6 +82,9 @@ def serve(
     except DriveRefused as error:
         said.print(f"[red]refused:[/] {error}", soft_wrap=True)
         raise typer.Exit(_EXIT_REFUSED) from None
+
+
+app.command()(workload)
 
 
 @app.command()

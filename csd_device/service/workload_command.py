@@ -38,13 +38,6 @@ _EXIT_REFUSED = 1
 Tell = Callable[[int, int], None]
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
 def workload(
     drive: Annotated[str, typer.Option(help="A drive's name (`csd-device drives`) or TOML file.")],
     media: Annotated[
@@ -55,7 +48,7 @@ def workload(
     trace: Annotated[
         Path | None, typer.Option(help="Instead: a block trace, MSR Cambridge CSV, also .gz.")
     ] = None,
-    size: Annotated[int, typer.Option(parser=_size, help="Bytes of a request.")] = "4KiB",  # type: ignore[assignment]
+    size: Annotated[str, typer.Option(help="Bytes of a request: 4096, 16KiB.")] = "4KiB",
     depth: Annotated[int, typer.Option(min=1, max=65536, help="Requests under way.")] = 1,
     read_share: Annotated[
         float, typer.Option(min=0, max=1, help="Of the pattern mixed: part that are reads.")
@@ -87,11 +80,14 @@ def workload(
     """Run a workload on a drive in virtual time: IOPS, latencies, utilisation, WAF."""
     said = Console(stderr=True, highlight=False)
     filled = precondition if precondition is not None else (0.0 if media else FILLED)
-    setup = _Setup(media, filled, age_by, size, seed, overwrite)
     try:
+        size_bytes = parse_size(size)
+        setup = _Setup(media, filled, age_by, size_bytes, seed, overwrite)
         config = _without_staging(load_config(drive))
         if pattern and not fio and not trace:
-            source = _pattern_source(pattern, read_share, size, depth, requests, seconds, seed)
+            source = _pattern_source(
+                pattern, read_share, size_bytes, depth, requests, seconds, seed
+            )
         elif fio and not pattern and not trace:
             source = _fio_source(fio, seed)
         elif trace and not pattern and not fio:
@@ -99,7 +95,7 @@ def workload(
         else:
             raise WorkloadRefused("say one of --pattern, --fio and --trace")
         found = _run(config, setup, source, said)
-    except (DriveRefused, WorkloadRefused, OSError) as error:
+    except (DriveRefused, ValueError, OSError) as error:
         said.print(f"[red]refused:[/] {error}", soft_wrap=True)
         raise typer.Exit(_EXIT_REFUSED) from None
     if as_json:

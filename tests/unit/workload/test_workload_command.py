@@ -60,6 +60,7 @@ def test_a_fio_file_and_a_trace_for_people(tmp_path: Path) -> None:
         ("--pattern randread --fio x.fio --requests 1", "say one of"),
         ("--pattern randread", "neither a number of requests nor a time"),
         ("--pattern randread --size 3000 --requests 1", "no multiple of 4096"),
+        ("--pattern randread --size big --requests 1", "'big' is not a size"),
         ("--fio missing.fio", "missing.fio"),
     ],
 )

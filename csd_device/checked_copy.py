@@ -117,10 +117,9 @@ def _pass_one(source: Any, target: Any, keep: Any, unit_bytes: Any, streams: Any
 
 
 @njit(nogil=True, cache=True)
-def _pass_all(
+def _pass_each(
     sources: Any, targets: Any, keeps: Any, unit_bytes: Any, streams: Any, checksums: Any
 ) -> None:
-    """All units, given by address; those with a place to be kept are the first ones."""
     kept = np.count_nonzero(keeps)
     index = 0
     while index < sources.shape[0]:
@@ -140,7 +139,18 @@ def _pass_all(
             crc = _pass_one(sources[index], targets[index], keeps[index], unit_bytes, streams)
             checksums[index] = np.uint32(crc ^ _ONES)
             index += 1
-    _fence()
+
+
+@njit(nogil=True, cache=True)
+def _pass_all(
+    sources: Any, targets: Any, keeps: Any, unit_bytes: Any, streams: Any, checksums: Any
+) -> None:
+    """All units, given by address; those with a place to be kept are the first ones."""
+    if streams:
+        _pass_each(sources, targets, keeps, unit_bytes, True, checksums)
+        _fence()
+    else:
+        _pass_each(sources, targets, keeps, unit_bytes, None, checksums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +185,7 @@ def copy_checked(source: U8, starts: I64, out: U8, keep: Keep) -> U32:
     keeps[: keep.starts.size] = keep.memory.ctypes.data + keep.starts
     checksums = np.empty(count, np.uint32)
     sources = source.ctypes.data + starts
-    streams = True if out.size >= STREAM_BYTES_MIN else None
+    streams = out.size >= STREAM_BYTES_MIN
     _pass_all(sources, targets, keeps, unit_bytes, streams, checksums)
     return checksums
 

@@ -167,6 +167,18 @@ class UnitCache:
         if room.units.size:
             self._own(room.key, self._classes[room.unit_bytes], room.units, room.slots)
 
+    def insert(self, key: Key, units: U32, data: U8) -> int:
+        """Keeps data[i] as unit units[i], as many as fit; none may be here. How many were kept."""
+        assert data.ndim == 2
+        assert data.shape[0] == units.size
+        unit_bytes = int(data.shape[1])
+        room = self.claim(key, units, unit_bytes)
+        kept = np.arange(room.units.size) * unit_bytes
+        lengths = np.full_like(kept, unit_bytes)
+        gather(data.reshape(-1), kept, lengths, room.keep.starts, room.keep.memory)
+        self.own(room)
+        return int(kept.size)
+
     def drop(self, key: Key) -> None:
         """Forgets all units of one site."""
         slots = self._slots.pop(key, None)

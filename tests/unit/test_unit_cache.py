@@ -29,20 +29,11 @@ def _fetch(cache: UnitCache, key: tuple[int, int], units: np.ndarray, size: int)
     return slots >= 0
 
 
-def _insert(cache: UnitCache, key: tuple[int, int], units: np.ndarray, data: np.ndarray) -> int:
-    """As staging does: claims, fills, owns. How many units were kept."""
-    room = cache.claim(key, units, data.shape[1])
-    for row, start in enumerate(room.keep.starts):
-        room.keep.memory[start : start + data.shape[1]] = data[row]
-    cache.own(room)
-    return room.units.size
-
-
 def test_hits_and_misses() -> None:
     cache = UnitCache(4 * MIB)
     units = _units(1, 5, 9)
     assert not _fetch(cache, (1, 0), units, 3456).any()
-    assert _insert(cache, (1, 0), units, _data((1, 0), units, 3456)) == 3
+    assert cache.insert((1, 0), units, _data((1, 0), units, 3456)) == 3
     assert _fetch(cache, (1, 0), _units(0, 1, 5, 6, 9, 4000), 3456).tolist() == [
         False, True, True, False, True, False,
     ]  # fmt: skip
@@ -68,7 +59,7 @@ def test_rooms_start_at_multiples_of_a_line() -> None:
 def test_drop_forgets_one_site_and_drop_model_all_of_one() -> None:
     cache = UnitCache(4 * MIB)
     for key in ((1, 0), (1, 1), (2, 0)):
-        _insert(cache, key, _units(0, 1), _data(key, _units(0, 1), 64))
+        cache.insert(key, _units(0, 1), _data(key, _units(0, 1), 64))
     cache.drop((1, 0))
     cache.drop((9, 9))
     assert not _fetch(cache, (1, 0), _units(0, 1), 64).any()
@@ -83,28 +74,28 @@ def test_drop_forgets_one_site_and_drop_model_all_of_one() -> None:
 def test_hit_units_survive_a_scan() -> None:
     cache = UnitCache(1 * MIB)  # 256 units
     hot = np.arange(32, dtype=np.uint32)
-    _insert(cache, (1, 0), hot, _data((1, 0), hot, 4096))
+    cache.insert((1, 0), hot, _data((1, 0), hot, 4096))
     for start in range(1000, 1600, 100):
         _fetch(cache, (1, 0), hot, 4096)
         scan = np.arange(start, start + 100, dtype=np.uint32)
-        _insert(cache, (1, 0), scan, _data((1, 0), scan, 4096))
+        cache.insert((1, 0), scan, _data((1, 0), scan, 4096))
     assert _fetch(cache, (1, 0), hot, 4096).all()
 
 
 def test_more_than_fits_keeps_the_first() -> None:
     cache = UnitCache(1 * MIB)
     units = np.arange(300, dtype=np.uint32)
-    assert _insert(cache, (1, 0), units, _data((1, 0), units, 4096)) == 256
+    assert cache.insert((1, 0), units, _data((1, 0), units, 4096)) == 256
     assert _fetch(cache, (1, 0), units, 4096)[:256].all()
 
 
 def test_all_hit_and_all_replaced() -> None:
     cache = UnitCache(1 * MIB)
     first = np.arange(256, dtype=np.uint32)
-    _insert(cache, (1, 0), first, _data((1, 0), first, 4096))
+    cache.insert((1, 0), first, _data((1, 0), first, 4096))
     _fetch(cache, (1, 0), first, 4096)
     other = np.arange(1000, 1256, dtype=np.uint32)
-    assert _insert(cache, (1, 0), other, _data((1, 0), other, 4096)) == 256
+    assert cache.insert((1, 0), other, _data((1, 0), other, 4096)) == 256
     assert _fetch(cache, (1, 0), other, 4096).all()
     assert not _fetch(cache, (1, 0), first, 4096).any()
 
@@ -112,8 +103,8 @@ def test_all_hit_and_all_replaced() -> None:
 def test_a_new_size_gets_room_from_the_largest() -> None:
     cache = UnitCache(2 * MIB)
     units = np.arange(512, dtype=np.uint32)
-    _insert(cache, (1, 0), units, _data((1, 0), units, 4096))
-    assert _insert(cache, (1, 1), _units(7), _data((1, 1), _units(7), 1000)) == 1
+    cache.insert((1, 0), units, _data((1, 0), units, 4096))
+    assert cache.insert((1, 1), _units(7), _data((1, 1), _units(7), 1000)) == 1
     assert _fetch(cache, (1, 1), _units(7), 1000).all()
     assert not _fetch(cache, (1, 0), units, 4096).any()
 
@@ -121,13 +112,13 @@ def test_a_new_size_gets_room_from_the_largest() -> None:
 @pytest.mark.parametrize("capacity", [0, 1000])
 def test_no_capacity_caches_nothing(capacity: int) -> None:
     cache = UnitCache(capacity)
-    assert _insert(cache, (1, 0), _units(1), _data((1, 0), _units(1), 64)) == 0
+    assert cache.insert((1, 0), _units(1), _data((1, 0), _units(1), 64)) == 0
     assert not _fetch(cache, (1, 0), _units(1), 64).any()
 
 
 def test_a_unit_larger_than_a_slab_is_not_kept() -> None:
     cache = UnitCache(8 * MIB)
-    assert _insert(cache, (1, 0), _units(0), np.zeros((1, 2 * MIB), np.uint8)) == 0
+    assert cache.insert((1, 0), _units(0), np.zeros((1, 2 * MIB), np.uint8)) == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -140,7 +131,7 @@ def test_never_gives_wrong_bytes(seed: int) -> None:
         key = keys[rng.integers(len(keys))]
         units = np.unique(rng.integers(0, 900, rng.integers(1, 300)).astype(np.uint32))
         hit = _fetch(cache, key, units, sizes[key])
-        _insert(cache, key, units[~hit], _data(key, units[~hit], sizes[key]))
+        cache.insert(key, units[~hit], _data(key, units[~hit], sizes[key]))
         if rng.random() < 0.05:
             cache.drop(key)
         assert cache.used_bytes <= cache.capacity_bytes

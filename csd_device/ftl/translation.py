@@ -35,7 +35,7 @@ from csd_device.ftl.mapping import (
 from csd_device.ftl.victims import VictimPolicy, WhollyInvalid
 from csd_device.gather import gather
 from csd_device.nand.geometry import first_ppns_of
-from csd_device.nand.media import DirectMedia, FileMedia, Media, Pieces
+from csd_device.nand.media import FileMedia, Media, Pieces, direct_copy
 from csd_device.nand.superblocks import Superblocks, SuperblockState
 from csd_protocol.crc32c import crc32c_units
 
@@ -165,13 +165,13 @@ class Ftl:
         In one pass where the media is direct, each unit lies in one piece and all places are
         multiples of 64.
         """
-        media, unit_bytes = self._media, out.shape[1]
-        if isinstance(media, DirectMedia) and can_copy_checked(out, keep):
+        copy_units, unit_bytes = direct_copy(self._media), out.shape[1]
+        if copy_units and can_copy_checked(out, keep):
             self._check_bytes(int(offsets_bytes.min()), int(offsets_bytes.max()) + unit_bytes)
             pieces = cut_units(self._table, offsets_bytes, unit_bytes, out.reshape(-1))
             starts = whole_units(pieces, offsets_bytes.size, unit_bytes)
             if starts is not None:
-                checksums = media.copy_units(starts, out, keep)
+                checksums = copy_units(starts, out, keep)
                 return PageReads(*pages_of(pieces, self._geometry.sectors_per_page)), checksums
         reads = self.read_units(offsets_bytes, unit_bytes, out)
         kept = np.arange(keep.starts.size) * unit_bytes

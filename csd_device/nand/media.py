@@ -14,9 +14,10 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -81,13 +82,13 @@ class Media(Protocol):
     def close(self) -> None: ...
 
 
-@runtime_checkable
-class DirectMedia(Protocol):
-    """Media whose cells lie in memory as they are read: copied and checked in one pass."""
+CopyUnits = Callable[[I64, U8, Keep], U32]
 
-    def copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
-        """Reads the unit at each media address into its row of `out`: `copy_checked`."""
-        ...
+
+def direct_copy(media: Media) -> CopyUnits | None:
+    """`copy_checked` from media addresses; None where a read is more than a copy out of memory."""
+    copy: CopyUnits | None = getattr(media, "copy_units", None)
+    return copy
 
 
 class RamMedia:

@@ -13,16 +13,18 @@ from enum import StrEnum
 from importlib import resources
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from csd_device.errors import ConfigRefused
+from csd_device.fault_config import FaultsConfig
 from csd_protocol.units import MIB, format_size, parse_size
 
 SECTOR_BYTES = 4096  # one logical block, one mapping entry, one ECC codeword
 MAPPING_ENTRY_BYTES = 4
 MAPPING_ENTRIES_MAX = (1 << 32) - 2
+WORKING_SUPERBLOCKS = 4  # beside the data: one open for each write stream, one to collect into
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -312,6 +314,10 @@ class FtlConfig(_Section):
     """Flash translation layer."""
 
     over_provisioning: Annotated[float, Field(gt=0, lt=1)]  # of raw NAND, kept from the host
+    gc_policy: Literal["greedy", "cost-benefit", "weights"] = "weights"  # see docs/FTL.md
+    wear_spread: NonNegative = 64  # erases, most less least, before cold data moves; 0: never
+    reclaim_reads: NonNegative = 100_000  # page reads of a block before its data moves; 0: never
+    reclaim_days: NonNegative = 90  # powered-on age of data before it moves; 0: never
 
 
 class Queues(_Section):
@@ -347,6 +353,7 @@ class DriveConfig(_Section):
     queues: Queues
     write_buffer: WriteBufferConfig = WriteBufferConfig()
     endurance: Endurance = Endurance()
+    faults: FaultsConfig = FaultsConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -388,12 +395,21 @@ class DriveConfig(_Section):
         """On-drive DRAM of the L2P table."""
         return self.capacity_sectors * MAPPING_ENTRY_BYTES
 
+    @property
+    def spare_superblocks(self) -> int:
+        """Superblocks that may go bad before the drive is read-only; below zero: too few of all."""
+        geometry = self.geometry
+        holding = -(-self.capacity_sectors // geometry.sectors_per_superblock)
+        command = -(-self.queues.mdts_bytes // geometry.superblock_bytes)
+        return geometry.blocks_per_plane - holding - WORKING_SUPERBLOCKS - (command - 1)
+
     @model_validator(mode="after")
     def _check_relations(self) -> Self:
         self._check_capacity()
         self._check_write_buffer()
         self._check_dram()
         self._check_spare()
+        self.check_faults(self.faults)
         return self
 
     def _check_capacity(self) -> None:
@@ -405,6 +421,24 @@ class DriveConfig(_Section):
                 f"{format_size(self.usable_bytes)} beside over-provisioning. Leave "
                 "blocks_per_plane out to have it follow from the capacity"
             )
+
+    def check_faults(self, faults: FaultsConfig) -> None:
+        """Raises ValueError for a fault of a die or a superblock that this drive does not have."""
+        geometry = self.geometry
+        for channel, die in faults.slow_dies.dies if faults.slow_dies else ():
+            if channel >= geometry.channels or die >= geometry.dies_per_channel:
+                raise ValueError(
+                    f"faults.slow_dies: die {die} of channel {channel}; there are "
+                    f"{geometry.channels} channels of {geometry.dies_per_channel} dies"
+                )
+        for name in ("program_failures", "erase_failures"):
+            failures = getattr(faults, name)
+            for superblock in failures.superblocks if failures else ():
+                if superblock >= geometry.blocks_per_plane:
+                    raise ValueError(
+                        f"faults.{name}: superblock {superblock}; there are "
+                        f"{geometry.blocks_per_plane}"
+                    )
 
     def _check_write_buffer(self) -> None:
         capacity = self.write_buffer.capacity_bytes
@@ -427,10 +461,11 @@ class DriveConfig(_Section):
 
     def _check_spare(self) -> None:
         spare = self.geometry.raw_bytes - self.capacity_bytes
-        if spare < 2 * self.geometry.superblock_bytes or self.capacity_sectors == 0:
+        if self.spare_superblocks < 0 or self.capacity_sectors == 0:
             raise ValueError(
-                f"over-provisioning leaves {format_size(spare)} spare; two superblocks of "
-                f"{format_size(self.geometry.superblock_bytes)} are the least"
+                f"over-provisioning leaves {format_size(spare)} spare; {WORKING_SUPERBLOCKS} "
+                f"superblocks of {format_size(self.geometry.superblock_bytes)}, and one command's "
+                "data, are the least. Raise over_provisioning, or make superblocks smaller"
             )
 
 

@@ -19,10 +19,11 @@ import numpy.typing as npt
 from csd_device.clock import Clock, TimeMode
 from csd_device.config import SECTOR_BYTES, DriveConfig
 from csd_device.dram import Arena, UnitCache, Window
-from csd_device.errors import CommandError
+from csd_device.errors import CommandError, DriveRefused
 from csd_device.firmware import Controller, QueuePair
 from csd_device.firmware.batch import read_batch, read_closed_loop
 from csd_device.firmware.dispatch import note_failure
+from csd_device.firmware.fault_injection import FaultInjection
 from csd_device.firmware.features import Features
 from csd_device.firmware.hosts import HostTable
 from csd_device.firmware.memory_ranges import UNIT_CACHE, WINDOW
@@ -33,6 +34,7 @@ from csd_device.firmware.staging import Stager
 from csd_device.ftl import Ftl
 from csd_device.ftl.translation import Counters, Wrap
 from csd_device.nand import Timeline
+from csd_device.nand.faults import FaultCounters, MediaSwitch, PowerCut, Surroundings
 from csd_device.nand.timeline import BusyTimes
 from csd_protocol.status import Status
 
@@ -74,7 +76,11 @@ class Drive:
         Raises DriveRefused for media of another geometry or version, media or a window in use, and
         shared memory too small for the window.
         """
-        ftl = Ftl.open(media_path, config, wrap)
+        ftl = Ftl.open(
+            media_path,
+            config,
+            lambda media, blocks: MediaSwitch(wrap(media, blocks) if wrap else media),
+        )
         try:
             serial = _serial(media_path)
             path = window_path or SHARED_MEMORY / f"csd-window-{serial}"
@@ -82,7 +88,9 @@ class Drive:
         except BaseException:
             ftl.close()
             raise
-        return cls(_assemble(config, media_path, serial, clock, time_mode, ftl, window))
+        drive = cls(_assemble(config, media_path, serial, clock, time_mode, ftl, window))
+        drive._begin_faults()
+        return drive
 
     @property
     def clock(self) -> Clock:
@@ -161,6 +169,11 @@ class Drive:
         self._queues[queue.queue_id] = queue
         return queue
 
+    @property
+    def is_off(self) -> bool:
+        """Whether its power is gone (a fault): it answers nothing until it is opened again."""
+        return self._controller.faults.is_off
+
     def read_batch(self, slbas: I64, blocks: int, arrival_ns: I64, out: U8 | None = None) -> I64:
         """Many reads at once, and when each is done [n]: `firmware.batch.read_batch`."""
         done = read_batch(self._controller, slbas, blocks, arrival_ns, out)
@@ -188,7 +201,22 @@ class Drive:
             queue.close()
         self._queues.clear()
         self._controller.stager.window.close()
-        self._controller.ftl.close()
+        if self.is_off:
+            self._controller.ftl.abandon()
+            return
+        try:
+            self._controller.ftl.close()
+        except PowerCut:
+            if not self.is_off:  # not by this drive's own fault
+                raise
+
+    def _begin_faults(self) -> None:
+        """What `[faults]` says is on from here on. Raises DriveRefused, the drive closed."""
+        try:
+            self._controller.faults.apply(self.config.faults, self._controller.stager.window)
+        except (ValueError, CommandError) as error:
+            self.close()
+            raise DriveRefused(f"[faults] of {self.config.name}: {error}") from error
 
     def _forget_closed(self) -> None:
         closed = [number for number, queue in self._queues.items() if queue.is_closed]
@@ -211,12 +239,14 @@ def _assemble(
     arena.allot(UNIT_CACHE, config.dram.unit_cache_bytes)
     stager = Stager(ftl, window, UnitCache(config.dram.unit_cache_bytes))
     timeline = Timeline(config.geometry, config.timing)
+    timed = time_mode is not TimeMode.OFF
+    around = Surroundings(config, ftl.superblocks, clock.now_ns, FaultCounters())
     controller = Controller(
         config=config,
         serial=serial,
         clock=clock,
         time_mode=time_mode,
-        time=None if time_mode is TimeMode.OFF else DriveTime(config, timeline),
+        time=DriveTime(config, timeline) if timed else None,
         ftl=ftl,
         arena=arena,
         stager=stager,
@@ -224,6 +254,7 @@ def _assemble(
         programs=ProgramStore(media_path / _PROGRAMS_FOLDER, arena),
         hosts=HostTable(arena),
         features=Features(config.queues),
+        faults=FaultInjection(config, ftl, timeline if timed else None, around),
     )
     for error in controller.programs.refused:
         note_failure(controller, error, queue=0, cid=0, command="open", at_ns=clock.now_ns())

@@ -44,6 +44,17 @@ class WindowFull(CommandError):
         )
 
 
+class WindowGone(CommandError):
+    """There is no window now; it may come back."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            Status.WINDOW_UNAVAILABLE,
+            "the drive's window is gone and all leases with it. Open its file again when it is "
+            "back, and stage again",
+        )
+
+
 class NoLease(CommandError):
     """A lease that does not exist or belongs to another host."""
 
@@ -62,23 +73,35 @@ class LbaOutOfRange(CommandError):
 
 
 class CapacityExceeded(CommandError):
-    """A write that finds no erased superblock."""
+    """A write that garbage collection cannot make room for."""
 
     def __init__(self, asked_bytes: int, free_bytes: int, valid_bytes: int, raw_bytes: int) -> None:
         super().__init__(
             Status.CAPACITY_EXCEEDED,
             f"a write of {format_size(asked_bytes)} does not fit: {format_size(free_bytes)} of "
-            f"{format_size(raw_bytes)} NAND are erased, {format_size(valid_bytes)} hold valid data "
-            "and the rest is stale data in superblocks that are not wholly invalid. "
-            "Deallocate or format",
+            f"{format_size(raw_bytes)} NAND are erased, {format_size(valid_bytes)} hold valid "
+            "data, and a write needs room beside the data that it replaces. "
+            "Write less at once, or deallocate",
         )
 
 
 class WriteFault(CommandError):
-    """The media could not take the bytes."""
+    """The media could not take the bytes, or not erase them; `address` is where, if known."""
 
-    def __init__(self, detail: str) -> None:
+    def __init__(self, detail: str, address: int | None = None) -> None:
         super().__init__(Status.WRITE_FAULT, detail)
+        self.address = address
+
+
+class WriteProtected(CommandError):
+    """A change to a drive that has become read-only."""
+
+    def __init__(self, bad: int, spares: int) -> None:
+        super().__init__(
+            Status.WRITE_PROTECTED,
+            f"{bad} superblocks went bad and {spares} were spare: the drive is read-only. "
+            "Read what you need and replace it",
+        )
 
 
 class UnrecoveredRead(CommandError):

@@ -62,7 +62,10 @@ class LogPage(IntEnum):
 
 
 class Feature(IntEnum):
+    """What Set and Get Features are asked for; from C0h on vendor specific."""
+
     TEMPERATURE_THRESHOLD = 0x04
     VOLATILE_WRITE_CACHE = 0x06
     NUMBER_OF_QUEUES = 0x07
     ASYNC_EVENT_CONFIGURATION = 0x0B
+    FAULT_INJECTION = 0xC0

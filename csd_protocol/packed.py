@@ -11,8 +11,9 @@
                         sites             arrays of equal units, each site aligned to a block
 
 A *site* is an array of units of one kind, one layer and one size, so the place of a unit is
-`offset_bytes + index * unit_bytes`. Units hold 16-bit values, row after row. `docs/FORMAT.md` has
-the bytes.
+`offset_bytes + index * unit_bytes`. Units hold 16-bit values, row after row. A model packed in
+several copies has all of its sites, and the CRC table, once more at each multiple of
+`copy_stride_bytes`. `docs/FORMAT.md` has the bytes.
 """
 
 import struct
@@ -25,6 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from csd_protocol.crc32c import crc32c
 
 FORMAT_VERSION: Final = 1
+COPIES_VERSION: Final = 2  # of a manifest with more than one copy, and of nothing else
+COPIES_MAX = 4
 BLOCK_BYTES = 4096
 DIRECTORY_SLOT_BYTES = 512 * 1024
 DIRECTORY_SLOTS = 2
@@ -115,7 +118,7 @@ class Site(_Record):
 class PackedModel(_Record):
     """A model's manifest: its transformers config and where each unit lies."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     name: str
     family: str
     config: dict[str, Any]
@@ -126,6 +129,8 @@ class PackedModel(_Record):
     crc_table: Extent
     frequencies: Extent | None = None
     frequency_tokens: Offset = 0  # how many tokens the frequencies were counted over
+    copies: Annotated[int, Field(ge=1, le=COPIES_MAX)] = 1  # how often each site lies on the drive
+    copy_stride_bytes: Offset = 0  # from a site in one copy to the same in the next
 
     def find(self, role: Role, layer: int = -1) -> Site:
         """The site with this role in this layer. Raises KeyError naming it."""
@@ -144,8 +149,17 @@ class PackedModel(_Record):
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all units: the model's weights at 16 bits."""
+        """Bytes of all units: the model's weights at 16 bits, once."""
         return sum(site.length_bytes for site in self.sites)
+
+    def place_of(self, site: Site, copy: int = 0) -> int:
+        """Where unit 0 of a site lies in one of the copies, in bytes of the namespace."""
+        return site.offset_bytes + copy * self.copy_stride_bytes
+
+    def table_of(self, copy: int = 0) -> Extent:
+        """The CRC table beside one of the copies."""
+        offset = self.crc_table.offset_bytes + copy * self.copy_stride_bytes
+        return self.crc_table.model_copy(update={"offset_bytes": offset})
 
 
 class DirectoryEntry(_Record):
@@ -169,28 +183,33 @@ class Directory(_Record):
 
 
 class Progress(_Record):
-    """How far a pack has come: sites before `next_site` are on the drive with their CRCs."""
+    """How far a pack has come: sites before `next_site` are on the drive with their CRCs.
+
+    Site s of copy c counts as number c * sites + s.
+    """
 
     fingerprint: str
     next_site: Offset
 
 
-def _seal(payload: bytes, generation: int) -> bytes:
-    return _HEADER.pack(_MAGIC, FORMAT_VERSION, len(payload), generation, crc32c(payload)) + payload
+def _seal(payload: bytes, generation: int, version: int = FORMAT_VERSION) -> bytes:
+    return _HEADER.pack(_MAGIC, version, len(payload), generation, crc32c(payload)) + payload
 
 
-def _unseal(data: bytes, what: str) -> tuple[int, bytes]:
+def _unseal(data: bytes, what: str, newest: int = FORMAT_VERSION) -> tuple[int, bytes]:
+    """Version and payload of a record of any version up to `newest`."""
     if len(data) < _HEADER.size or data[: len(_MAGIC)] != _MAGIC:
         raise FormatError(f"{what}: no packed-model record here (magic missing)")
-    _, version, length, generation, checksum = _HEADER.unpack_from(data)
-    if version != FORMAT_VERSION:
+    _, version, length, _, checksum = _HEADER.unpack_from(data)
+    if not FORMAT_VERSION <= version <= newest:
+        known = " and ".join(str(number) for number in range(FORMAT_VERSION, newest + 1))
         raise FormatError(
-            f"{what}: format version {version}; this version reads {FORMAT_VERSION}. Pack again"
+            f"{what}: format version {version}; this version reads {known}. Pack again"
         )
     payload = bytes(data[_HEADER.size : _HEADER.size + length])
     if len(payload) != length or crc32c(payload) != checksum:
         raise FormatError(f"{what}: torn or damaged record (CRC32C does not match)")
-    return generation, payload
+    return version, payload
 
 
 def directory_slot(generation: int) -> int:
@@ -234,16 +253,24 @@ def decode_directory(slots: list[bytes]) -> Directory:
 
 
 def encode_manifest(model: PackedModel) -> bytes:
-    return _seal(model.model_dump_json().encode(), 0)
+    """A model of one copy is what it was before there were copies, byte for byte."""
+    unsaid = {"copies", "copy_stride_bytes"} if model.copies == 1 else None
+    return _seal(model.model_dump_json(exclude=unsaid).encode(), 0, model.format_version)
 
 
 def decode_manifest(data: bytes) -> PackedModel:
     """Raises FormatError when the bytes are torn, of another version or inconsistent."""
-    _, payload = _unseal(data, "manifest")
+    version, payload = _unseal(data, "manifest", COPIES_VERSION)
     try:
         model = PackedModel.model_validate_json(payload)
     except ValidationError as error:
         raise FormatError(f"manifest: {error}") from error
+    _check_sites(model)
+    _check_copies(model, version)
+    return model
+
+
+def _check_sites(model: PackedModel) -> None:
     first_crc = 0
     for index, site in enumerate(model.sites):
         if site.site != index or site.first_crc != first_crc:
@@ -255,7 +282,23 @@ def decode_manifest(data: bytes) -> PackedModel:
         first_crc += site.count
     if model.crc_table.length_bytes != 4 * first_crc:
         raise FormatError(f"manifest of {model.name}: CRC table does not cover its units")
-    return model
+
+
+def _check_copies(model: PackedModel, version: int) -> None:
+    said = f"manifest of {model.name}: {model.copies} copies"
+    if not version == model.format_version == manifest_version(model.copies):
+        raise FormatError(f"{said} do not go with format version {version}")
+    begin = model.crc_table.offset_bytes
+    end = max((site.offset_bytes + site.length_bytes for site in model.sites), default=begin)
+    if model.copies > 1 and (
+        model.copy_stride_bytes % BLOCK_BYTES or model.copy_stride_bytes < end - begin
+    ):
+        raise FormatError(f"{said}, {model.copy_stride_bytes} bytes apart, lie over each other")
+
+
+def manifest_version(copies: int) -> Literal[1, 2]:
+    """The oldest format version that such a manifest can be written in."""
+    return FORMAT_VERSION if copies == 1 else COPIES_VERSION
 
 
 def encode_progress(progress: Progress) -> bytes:

@@ -32,6 +32,7 @@ class Status(Enum):
     ABORT_REQUESTED = StatusCode(0, 0x07, "Command Abort Requested")
     SEQUENCE_ERROR = StatusCode(0, 0x0C, "Command Sequence Error")
     INVALID_NAMESPACE = StatusCode(0, 0x0B, "Invalid Namespace or Format")
+    WRITE_PROTECTED = StatusCode(0, 0x20, "Namespace is Write Protected")
     LBA_OUT_OF_RANGE = StatusCode(0, 0x80, "LBA Out of Range")
     CAPACITY_EXCEEDED = StatusCode(0, 0x81, "Capacity Exceeded")
     QUEUE_FULL = StatusCode(0, 0xC0, "Submission Queue Full", retryable=True)
@@ -54,6 +55,7 @@ class Status(Enum):
     WINDOW_FULL = StatusCode(1, 0xC2, "Window Full", retryable=True)
     NO_LEASE = StatusCode(1, 0xC3, "No Such Lease")
     DRAM_EXCEEDED = StatusCode(1, 0xC4, "On-Drive DRAM Exceeded")
+    WINDOW_UNAVAILABLE = StatusCode(1, 0xC5, "Window Unavailable", retryable=True)
 
     WRITE_FAULT = StatusCode(2, 0x80, "Write Fault")
     UNRECOVERED_READ = StatusCode(2, 0x81, "Unrecovered Read Error")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from csd_device.errors import DriveRefused, NoLease, WindowFull
+from csd_device.errors import DriveRefused, NoLease, WindowFull, WindowGone
 from csd_protocol.units import format_size
 
 U8 = npt.NDArray[np.uint8]
@@ -43,17 +43,35 @@ class Window:
         assert size_bytes % ALIGN_BYTES == 0
         self.path = path
         self.size_bytes = size_bytes
-        self._file = _create(path, size_bytes)
-        self._map = mmap.mmap(self._file, size_bytes)
-        self._bytes: U8 = np.frombuffer(self._map, np.uint8)
-        self._free = _FreePieces(size_bytes)
-        self._leases: dict[int, tuple[str, Lease]] = {}
-        self._by_owner: dict[str, dict[int, Lease]] = {}
+        self.is_gone = False
+        self._bytes: U8 = np.empty(0, np.uint8)
         self._ids = count(1)
+        self._forget_leases()
+        self._open()
+
+    def lose(self) -> None:
+        """The window is gone: all leases end, and its file is empty and unlinked.
+
+        A host that reads the file that it has open finds its end. Until `come_back` nothing can be
+        leased.
+        """
+        file = os.dup(self._file)
+        self.close()
+        os.ftruncate(file, 0)
+        os.close(file)
+        self.is_gone = True
+        self._forget_leases()
+
+    def come_back(self) -> None:
+        """A new file at the same path. Raises DriveRefused when it cannot be made."""
+        self._open()
+        self.is_gone = False
 
     def lease(self, length_bytes: int, owner: str) -> Lease:
-        """The first free piece that is long enough. Raises WindowFull with figures."""
+        """The first free piece that is long enough. Raises WindowGone; WindowFull with figures."""
         assert length_bytes > 0
+        if self.is_gone:
+            raise WindowGone
         offset = self._free.take(_align(length_bytes))
         if offset is None:
             raise WindowFull(
@@ -113,11 +131,23 @@ class Window:
 
     def close(self) -> None:
         """Unlinks the file. A host that has it open keeps what it sees."""
+        if self.is_gone:
+            return
         self.path.unlink(missing_ok=True)
         self._bytes = np.empty(0, np.uint8)
         with suppress(BufferError):  # a view is still held; the memory goes with it
             self._map.close()
         os.close(self._file)
+
+    def _open(self) -> None:
+        self._file = _create(self.path, self.size_bytes)
+        self._map = mmap.mmap(self._file, self.size_bytes)
+        self._bytes = np.frombuffer(self._map, np.uint8)
+
+    def _forget_leases(self) -> None:
+        self._free = _FreePieces(self.size_bytes)
+        self._leases: dict[int, tuple[str, Lease]] = {}
+        self._by_owner: dict[str, dict[int, Lease]] = {}
 
 
 class _FreePieces:

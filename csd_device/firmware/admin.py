@@ -21,7 +21,7 @@ from csd_device.firmware.context import Context
 from csd_device.firmware.identify import identify
 from csd_device.firmware.memory_ranges import divide_memory
 from csd_device.firmware.smart import smart_report
-from csd_protocol.opcodes import LogPage
+from csd_protocol.opcodes import Feature, LogPage
 from csd_protocol.status import Status
 
 
@@ -50,10 +50,18 @@ def handle_get_log_page(context: Context, command: GetLogPage) -> Data:
 
 
 def handle_set_features(context: Context, command: SetFeatures) -> None:
-    context.controller.features.set(command.feature_id, command.value)
+    """Raises CommandError (Invalid Field) naming what is wrong."""
+    controller = context.controller
+    if command.feature_id == Feature.FAULT_INJECTION:
+        controller.faults.change(command.data, controller.stager.window)
+    else:
+        controller.features.set(command.feature_id, command.value)
 
 
-def handle_get_features(context: Context, command: GetFeatures) -> Dword0:
+def handle_get_features(context: Context, command: GetFeatures) -> Dword0 | Data:
+    """Raises CommandError (Invalid Field) for a feature that is not there."""
+    if command.feature_id == Feature.FAULT_INJECTION:
+        return _json(context.controller.faults.report())
     return Dword0(context.controller.features.get(command.feature_id))
 
 

@@ -39,6 +39,7 @@ class Abort:
 class SetFeatures:
     feature_id: int
     value: int
+    data: bytes = b""  # a JSON object, for features that are more than a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,14 @@ class What(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Those of a target's units that are read from another copy than its own."""
+
+    copy: int
+    units: U32  # ascending
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """What to stage of one site."""
 
@@ -162,6 +171,8 @@ class Target:
     keep: float = 1.0
     units: U32 = field(default_factory=lambda: np.empty(0, np.uint32))  # ascending
     ignore_residency: bool = False
+    copy: int = 0  # which of the model's copies units are read from
+    elsewhere: tuple[Elsewhere, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,11 +275,28 @@ class StagedSite:
     ready_ns: int
     units_from_dram: int
     nand_page_reads: int
+    units_from_copies: int = 0  # read from another copy than the first
 
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
     sites: tuple[StagedSite, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LostUnits:
+    """Units of a site that cannot be read from one of its copies, ascending."""
+
+    site: int
+    copy: int
+    units: U32
+
+
+@dataclass(frozen=True, slots=True)
+class MediaError:
+    """All that a staging command could not read."""
+
+    lost: tuple[LostUnits, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +321,7 @@ class Dword0:
     value: int
 
 
-Result = StageResult | ExecuteResult | AsyncEventResult | Data | Dword0 | None
+Result = StageResult | MediaError | ExecuteResult | AsyncEventResult | Data | Dword0 | None
 
 
 @dataclass(frozen=True, slots=True)

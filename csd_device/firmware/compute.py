@@ -75,6 +75,7 @@ def _stage(
     prediction: Prediction | None,
 ) -> StageResult:
     controller = context.controller
+    controller.faults.admit_staging(controller.stager.window)
     loaded = controller.models.get(model, context.time)
     result = controller.stager.stage(context.host, loaded, targets, prediction, context.time)
     for site in result.sites:

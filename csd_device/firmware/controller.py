@@ -8,6 +8,7 @@ from csd_device.config import DriveConfig
 from csd_device.dram import Arena
 from csd_device.firmware.counters import Counters
 from csd_device.firmware.events import EventRequests
+from csd_device.firmware.fault_injection import FaultInjection
 from csd_device.firmware.features import Features
 from csd_device.firmware.hosts import HostTable
 from csd_device.firmware.logs import ErrorLog, StageLog
@@ -34,6 +35,7 @@ class Controller:
     programs: ProgramStore
     hosts: HostTable
     features: Features
+    faults: FaultInjection
     counters: Counters = field(default_factory=Counters)
     errors: ErrorLog = field(default_factory=ErrorLog)
     stages: StageLog = field(default_factory=StageLog)

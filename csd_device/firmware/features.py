@@ -30,7 +30,7 @@ class Features:
         """Raises CommandError (Invalid Field) naming the features that there are."""
         value = self._values.get(feature)
         if value is None:
-            known = ", ".join(f"{item:02X}h" for item in sorted(self._values))
+            known = ", ".join(f"{item:02X}h" for item in sorted(Feature))
             raise _invalid(f"feature {feature:02X}h; this drive has {known}")
         return value
 

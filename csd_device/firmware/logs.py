@@ -9,7 +9,14 @@ from csd_protocol.status import Status
 
 ERROR_ENTRIES_MAX = 64
 STAGE_ENTRIES_MAX = 256
-_SITE_FIELDS = ("site", "units", "units_from_dram", "nand_page_reads", "length_bytes")
+_SITE_FIELDS = (
+    "site",
+    "units",
+    "units_from_dram",
+    "nand_page_reads",
+    "length_bytes",
+    "units_from_copies",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,7 @@ class StageTotals:
     units_predicted: int = 0
     staged_bytes: int = 0
     nand_page_reads: int = 0
+    units_from_copies: int = 0  # read from another copy than the first
     queue_ns: int = 0
     program_ns: int = 0
     nand_ns: int = 0
@@ -108,6 +116,7 @@ class StageLog:
             totals.units_predicted += site.predicted.size
             totals.staged_bytes += site.length_bytes
             totals.nand_page_reads += site.nand_page_reads
+            totals.units_from_copies += site.units_from_copies
         totals.queue_ns += timing.queue_ns
         totals.program_ns += timing.program_ns
         totals.nand_ns += timing.nand_ns
@@ -129,6 +138,7 @@ def _site_figures(site: StagedSite) -> tuple[int, ...]:
         site.units_from_dram,
         site.nand_page_reads,
         site.length_bytes,
+        site.units_from_copies,
     )
 
 

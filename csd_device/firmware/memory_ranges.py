@@ -2,7 +2,7 @@
 
 from csd_device.config import SECTOR_BYTES
 from csd_device.dram import Arena, UnitCache, Window
-from csd_device.errors import CommandError, DriveRefused
+from csd_device.errors import CommandError, DriveRefused, WindowGone
 from csd_device.firmware.controller import Controller
 from csd_protocol.status import Status
 
@@ -15,9 +15,12 @@ def divide_memory(controller: Controller, window_bytes: int, unit_cache_bytes: i
 
     Raises CommandError: Memory Range Set In Use while leases are held or another host is
     connected, Invalid Field for a window that is no whole number of 4096 bytes, DRAM Exceeded with
-    figures, also when the shared memory of the machine is too small for the window.
+    figures, also when the shared memory of the machine is too small for the window, Window
+    Unavailable while it is gone.
     """
     stager = controller.stager
+    if stager.window.is_gone:
+        raise WindowGone
     if stager.window.lease_count:
         raise CommandError(
             Status.MEMORY_RANGE_SET_IN_USE,

@@ -5,13 +5,14 @@ the directory or into the model's extent. Tables take on-drive DRAM while they a
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from csd_device.dram import Arena
-from csd_device.errors import CommandError
+from csd_device.errors import CommandError, UnrecoveredRead
 from csd_device.firmware.modelled_time import CommandTime
 from csd_device.ftl import Ftl
 from csd_protocol.packed import (
@@ -50,6 +51,8 @@ class SiteRecord:
     count: int
     unit_bytes: int
     offset_bytes: int
+    copies: int
+    copy_stride_bytes: int
     key: tuple[int, int]  # (model, site)
     crcs: U32  # [count]
 
@@ -153,17 +156,25 @@ class ModelCatalog:
         table_bytes = manifest.crc_table.length_bytes + SITE_ENTRY_BYTES * len(manifest.sites)
         self._arena.allot(_allotment(entry.model), table_bytes)
         try:
-            crcs = self._read(manifest.crc_table, time).view(np.uint32)
+            crcs = self._read_crcs(manifest, time)
         except CommandError:
             self._arena.free(_allotment(entry.model))
             raise
-        sites = tuple(_record(entry.model, site, crcs) for site in manifest.sites)
+        sites = tuple(_record(entry.model, manifest, site, crcs) for site in manifest.sites)
         return LoadedModel(entry.model, entry.name, entry, sites)
+
+    def _read_crcs(self, manifest: PackedModel, time: CommandTime) -> U32:
+        """The CRC table beside the first copy that can be read."""
+        for copy in range(manifest.copies - 1):
+            with suppress(UnrecoveredRead):
+                return self._read(manifest.table_of(copy), time).view(np.uint32)
+        return self._read(manifest.table_of(manifest.copies - 1), time).view(np.uint32)
 
     def _check_extents(self, entry: DirectoryEntry, manifest: PackedModel) -> None:
         """Raises CommandError when a manifest points outside the model's own extent."""
         begin = entry.extent.offset_bytes
-        end = begin + entry.extent.length_bytes
+        further_bytes = (manifest.copies - 1) * manifest.copy_stride_bytes
+        end = begin + entry.extent.length_bytes - further_bytes
         spans = [(site.offset_bytes, site.length_bytes, site.name) for site in manifest.sites]
         table = manifest.crc_table
         for offset, length, name in [*spans, (table.offset_bytes, table.length_bytes, "CRC table")]:
@@ -189,7 +200,7 @@ def _no_model(detail: str) -> CommandError:
     return CommandError(Status.NO_MODEL, detail)
 
 
-def _record(model: int, site: Site, crcs: U32) -> SiteRecord:
+def _record(model: int, manifest: PackedModel, site: Site, crcs: U32) -> SiteRecord:
     return SiteRecord(
         site=site.site,
         name=site.name,
@@ -198,6 +209,8 @@ def _record(model: int, site: Site, crcs: U32) -> SiteRecord:
         count=site.count,
         unit_bytes=site.unit_bytes,
         offset_bytes=site.offset_bytes,
+        copies=manifest.copies,
+        copy_stride_bytes=manifest.copy_stride_bytes,
         key=(model, site.site),
         crcs=crcs[site.first_crc : site.first_crc + site.count],
     )

@@ -15,6 +15,7 @@ from csd_device.firmware.commands import (
     Command,
     Completion,
     Dword0,
+    MediaError,
     Result,
     StageResult,
     Timing,
@@ -25,6 +26,7 @@ from csd_device.firmware.dispatch import dispatch, note_failure
 from csd_device.firmware.events import EventRequests
 from csd_device.firmware.hosts import Host
 from csd_device.firmware.modelled_time import CommandTime
+from csd_device.firmware.unreadable import UnitsUnreadable
 from csd_protocol.status import Status
 
 CID_MAX = 0xFFFF
@@ -211,4 +213,5 @@ class QueuePair:
 
 def _failed(cid: int, error: CommandError, timing: Timing) -> Completion:
     retryable = error.status.value.retryable
-    return Completion(cid, error.status, timing, detail=error.detail, do_not_retry=not retryable)
+    lost = MediaError(error.lost) if isinstance(error, UnitsUnreadable) else None
+    return Completion(cid, error.status, timing, lost, error.detail, not retryable)

@@ -19,4 +19,5 @@ def smart_report(controller: Controller, now_ns: int) -> dict[str, Any]:
         "power_on_ns": now_ns,
         **asdict(counters),
         "flash": asdict(controller.ftl.counters()),
+        "faults": asdict(controller.faults.counters),
     }

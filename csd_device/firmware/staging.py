@@ -9,6 +9,10 @@ Everything is arrays of unit numbers, ascending; row i of a lease is unit i of t
 goes into its lease and into the unit cache with its CRC32C computed, in one pass where that can be
 (`csd_device.checked_copy`). A command stages all of its targets or none: what fails gives back what
 it had leased.
+
+Units that the media cannot give back, or whose CRC differs, end a command only when all of its
+targets were looked at, so that the host learns at once everything that it has to have from another
+copy. That path may be slow: a piece with a lost unit is read again in parts.
 """
 
 from collections.abc import Iterator
@@ -18,19 +22,22 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_device.dram import Lease, UnitCache, Window
-from csd_device.errors import CommandError
-from csd_device.firmware.commands import StagedSite, StageResult, Target, What
+from csd_device.errors import CommandError, UnrecoveredRead
+from csd_device.firmware.commands import LostUnits, StagedSite, StageResult, Target, What
 from csd_device.firmware.hosts import Host
 from csd_device.firmware.modelled_time import CommandTime
 from csd_device.firmware.models import LoadedModel, SiteRecord
 from csd_device.firmware.prediction import Prediction
+from csd_device.firmware.unreadable import PieceUnreadable, UnitsUnreadable
 from csd_device.ftl import Ftl, PageReads
 from csd_device.gather import gather
+from csd_protocol.crc32c import crc32c_units
 from csd_protocol.status import Status
 
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 PIECE_BYTES, BULK_BYTES = 1 << 20, 16 << 20
 NO_UNITS: U32 = np.empty(0, np.uint32)
@@ -49,6 +56,7 @@ class _Choice:
 class _Brought:
     units_from_dram: int
     reads: PageReads
+    units_from_copies: int = 0
 
 
 class Stager:
@@ -70,8 +78,8 @@ class Stager:
     ) -> StageResult:
         """Stages every target or none.
 
-        Raises CommandError: No Such Site or Unit, Invalid Field, Window Full, End-to-end Guard
-        Check Error naming site and unit, and what the program or the media raise.
+        Raises CommandError: No Such Site or Unit, Invalid Field, Window Full, UnitsUnreadable
+        (Unrecovered Read, End-to-end Guard Check Error), and what the program raises.
         """
         if len(targets) > len(model.sites):
             raise CommandError(
@@ -85,6 +93,10 @@ class Stager:
                 fork = start.fork()
                 staged.append(self._stage_target(host, model, target, prediction, fork))
                 time.adopt(fork)
+        except PieceUnreadable as first:
+            self.give_back(host, staged)
+            others = self._survey(host, model, targets, prediction, time)
+            raise UnitsUnreadable(model, [first, *others]) from None
         except CommandError:
             self.give_back(host, staged)
             raise
@@ -113,12 +125,13 @@ class Stager:
     ) -> StagedSite:
         site = model.site(target.site)
         choice = _choose(site, target, host, prediction, time)
+        copies = _copies_of(site, target, choice.units)
         count = choice.units.size
         lease, brought = Lease(0, 0, 0), _Brought(0, _NO_READS)
         if count:
             lease = self.window.lease(count * site.unit_bytes, host.host_id)
             try:
-                brought = self._bring(site, choice.units, lease)
+                brought = self._bring(site, choice.units, lease, copies)
             except CommandError:
                 self.window.release(lease.id, host.host_id)
                 raise
@@ -137,10 +150,11 @@ class Stager:
             ready_ns=time.timing().done_ns,
             units_from_dram=brought.units_from_dram,
             nand_page_reads=brought.reads.ppns.size,
+            units_from_copies=brought.units_from_copies,
         )
 
-    def _bring(self, site: SiteRecord, units: U32, lease: Lease) -> _Brought:
-        """Fills the lease with these units, row after row."""
+    def _bring(self, site: SiteRecord, units: U32, lease: Lease, copies: I64 | None) -> _Brought:
+        """Fills the lease with these units, row after row, each from its copy (None: all first)."""
         out = self.window.view(lease.offset, lease.length).reshape(units.size, site.unit_bytes)
         slots = self.cache.lookup(site.key, units)
         hits = np.flatnonzero(slots >= 0)
@@ -150,25 +164,100 @@ class Stager:
             return _Brought(units.size, _NO_READS)
         misses = np.flatnonzero(slots < 0)
         reads = [
-            self._read_piece(site, units, rows, out) for rows in _pieces(misses, site.unit_bytes)
+            self._read_piece(site, units, rows, out, copies)
+            for rows in _pieces(misses, site.unit_bytes)
         ]
-        return _Brought(hits.size, _joined(reads))
+        from_copies = 0 if copies is None else int(np.count_nonzero(copies[misses]))
+        return _Brought(hits.size, _joined(reads), from_copies)
 
-    def _read_piece(self, site: SiteRecord, units: U32, rows: I64, out: U8) -> PageReads:
+    def _read_piece(
+        self, site: SiteRecord, units: U32, rows: I64, out: U8, copies: I64 | None
+    ) -> PageReads:
         """Reads units[rows] from NAND into out[rows], checks them, and has them cached."""
         wanted = units[rows]
         side_by_side = int(rows[-1]) - int(rows[0]) + 1 == rows.size
         data = out[rows[0] : rows[-1] + 1] if side_by_side else self._scratch_rows(rows, site)
-        offsets = site.offset_bytes + wanted.astype(np.int64) * site.unit_bytes
-        room = self.cache.claim(site.key, wanted, site.unit_bytes)
-        reads, checksums = self._ftl.read_checked(offsets, data, room.keep)
-        _check_units(site, wanted, checksums)
-        self.cache.own(room)
+        reads = self._read_checked(site, wanted, data, None if copies is None else copies[rows])
         if not side_by_side:
             lengths = np.full(rows.size, site.unit_bytes, np.int64)
             starts = np.arange(rows.size) * site.unit_bytes
             gather(data.reshape(-1), starts, lengths, rows * site.unit_bytes, out.reshape(-1))
         return reads
+
+    def _read_checked(
+        self, site: SiteRecord, units: U32, data: U8, copies: I64 | None
+    ) -> PageReads:
+        """Reads units into data [n, unit_bytes], checks them and has them cached.
+
+        Raises PieceUnreadable for those that cannot be had; the others are cached.
+        """
+        offsets = site.offset_bytes + units.astype(np.int64) * site.unit_bytes
+        if copies is not None:
+            offsets += copies * site.copy_stride_bytes
+        room = self.cache.claim(site.key, units, site.unit_bytes)
+        try:
+            reads, found = self._ftl.read_checked(offsets, data, room.keep)
+        except UnrecoveredRead as error:
+            reads, unread = self._read_apart(offsets, data, error)
+            lost = unread | (crc32c_units(data) != site.crcs[units])
+            status, why = error.status, error.detail
+        else:
+            expected = site.crcs[units]
+            if np.array_equal(found, expected):
+                self.cache.own(room)
+                return reads
+            lost = found != expected
+            at = int(np.argmax(lost))
+            status = Status.GUARD_CHECK
+            why = f"CRC32C {found[at]:08x}, packed with {expected[at]:08x}"
+        if not lost.all():
+            self.cache.insert(site.key, units[~lost], data[~lost])
+        if not lost.any():  # a second read went well
+            return reads
+        raise PieceUnreadable(status, why, _by_copy(site, units, lost, copies), reads)
+
+    def _read_apart(
+        self, offsets: I64, data: U8, first: UnrecoveredRead
+    ) -> tuple[PageReads, Flags]:
+        """Reads all that can be read of units that cannot all be, and which those are [n].
+
+        The media says which rows are lost where it knows; else halves are tried, down to one unit.
+        """
+        unread = np.zeros(offsets.size, np.bool_)
+        reads = [_NO_READS]
+        left = _parts_left(np.arange(offsets.size), first, unread)
+        while left:
+            rows = left.pop()
+            part = np.empty((rows.size, data.shape[1]), np.uint8)
+            try:
+                reads.append(self._ftl.read_units(offsets[rows], data.shape[1], part))
+                data[rows] = part
+            except UnrecoveredRead as error:
+                left += _parts_left(rows, error, unread)
+        return _joined(reads), unread
+
+    def _survey(
+        self,
+        host: Host,
+        model: LoadedModel,
+        targets: tuple[Target, ...],
+        prediction: Prediction | None,
+        time: CommandTime,
+    ) -> Iterator[PieceUnreadable]:
+        """Everything that these targets need and cannot have; nothing is leased."""
+        for target in targets:
+            site = model.site(target.site)
+            units = _choose(site, target, host, prediction, time).units
+            copies = _copies_of(site, target, units)
+            misses = np.flatnonzero(self.cache.lookup(site.key, units) < 0)
+            for rows in _pieces(misses, site.unit_bytes):
+                data = self._scratch_rows(rows, site)
+                of = None if copies is None else copies[rows]
+                try:
+                    time.read_pages(self._read_checked(site, units[rows], data, of))
+                except PieceUnreadable as error:
+                    time.read_pages(error.reads)
+                    yield error
 
     def _scratch_rows(self, rows: I64, site: SiteRecord) -> U8:
         needed = rows.size * site.unit_bytes
@@ -221,17 +310,39 @@ def _named(site: SiteRecord, units: U32) -> U32:
     return units
 
 
-def _check_units(site: SiteRecord, units: U32, found: U32) -> None:
-    """Raises CommandError (Guard Check) naming the first unit whose CRC32C does not match."""
-    expected = site.crcs[units]
-    if np.array_equal(found, expected):
-        return
-    first = int(np.argmax(found != expected))
-    raise CommandError(
-        Status.GUARD_CHECK,
-        f"unit {units[first]} of {site.name} (site {site.site}): CRC32C {found[first]:08x}, "
-        f"packed with {expected[first]:08x}. Pack the model again",
-    )
+def _copies_of(site: SiteRecord, target: Target, units: U32) -> I64 | None:
+    """Which copy each of these units is read from [n]; None: all from the first."""
+    if not target.copy and not target.elsewhere:
+        return None
+    for copy in (target.copy, *(part.copy for part in target.elsewhere)):
+        if copy >= site.copies:
+            raise CommandError(
+                Status.NO_SITE, f"{site.name} has {site.copies} copies, none numbered {copy}"
+            )
+    copies = np.full(units.size, target.copy, np.int64)
+    for part in target.elsewhere:
+        copies[np.isin(units, _named(site, part.units))] = part.copy
+    return copies
+
+
+def _parts_left(rows: I64, error: UnrecoveredRead, unread: Flags) -> list[I64]:
+    """What of these rows to read next; those that the error gives up are marked in `unread`."""
+    if error.rows is not None and error.rows.size:
+        unread[rows[error.rows]] = True
+        return [np.delete(rows, error.rows)]
+    if rows.size == 1:
+        unread[rows] = True
+        return []
+    return list(np.array_split(rows, 2))
+
+
+def _by_copy(site: SiteRecord, units: U32, lost: Flags, copies: I64 | None) -> list[LostUnits]:
+    if copies is None:
+        return [LostUnits(site.site, 0, units[lost])]
+    return [
+        LostUnits(site.site, int(copy), units[lost & (copies == copy)])
+        for copy in np.unique(copies[lost])
+    ]
 
 
 def _pieces(rows: I64, unit_bytes: int) -> Iterator[I64]:

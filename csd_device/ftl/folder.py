@@ -11,6 +11,7 @@ drive.csd/
 import fcntl
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from csd_device.config import DriveConfig
 from csd_device.errors import DriveRefused
 
 FORMAT = "csd-media"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_NAME = "header.json"
 NAND_NAME = "nand.img"
 
@@ -59,12 +60,13 @@ class MediaFolder:
         os.close(self._lock_file)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """The file has the old content or `data`, whatever happens; durable on return."""
+def replace_file(path: Path, parts: Iterable[bytes]) -> None:
+    """The file has the old content or these parts, whatever happens; durable on return."""
     fresh = path.with_name(path.name + ".new")
     file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        write_all(file, data)
+        for part in parts:
+            write_all(file, part)
         os.fsync(file)
     finally:
         os.close(file)
@@ -117,14 +119,17 @@ def _check_header(path: Path, config: DriveConfig) -> None:
     expected = _header_of(config)
     found = _read_header(path)
     if found is None:
-        replace_file(path / HEADER_NAME, json.dumps(expected, indent=2).encode())
+        replace_file(path / HEADER_NAME, [json.dumps(expected, indent=2).encode()])
         return
+    remedies = {
+        "version": "Remove the folder and pack the models again, or use the version that made it",
+        "geometry": "Use the drive it was made with, or another folder",
+    }
     for field, title in (("version", "format version"), ("geometry", "geometry")):
         if found.get(field) != expected[field]:
             raise DriveRefused(
                 f"media folder {path} was made with {title} {found.get(field)}; "
-                f"this drive has {expected[field]}. "
-                "Use the drive it was made with, or another folder"
+                f"this drive has {expected[field]}. {remedies[field]}"
             )
     if found != expected:
         raise DriveRefused(

@@ -1,15 +1,13 @@
-"""The mapping on disk: a checkpoint and the journal of what changed since.
+"""The journal: what changed since the checkpoint, a record a commit, all or nothing.
 
-The journal is a row of records; a record is what one commit made durable, all or nothing: it
-counts only when its CRC32C is right, so a torn tail is as if it had not been written. Records are
-numbered; the checkpoint names the last one it contains, and replaces the one before by a rename. A
-crash between that rename and the emptying of the journal leaves records that the checkpoint
-contains already: their numbers say so.
+A record counts only when its CRC32C is right, so a torn tail is as if it had not been written.
+Records are numbered; the checkpoint names the last one it contains, and replaces the one before by
+a rename. A crash between that rename and the emptying of the journal leaves records that the
+checkpoint contains already: their numbers say so. All integers are little-endian.
 
-    record      magic, number u64, entries u32, CRC32C u32, then int64[entries, 4]
-    entry       kind, then three fields by kind (see `Kind`)
-    checkpoint  magic, number u64, runs u64, superblocks u64, write pointer i64, CRC32C u32,
-                then runs int64[runs, 3] (lpn, psa, count), states uint8[], erases uint32[]
+    record      magic, number u64, rows u32, events u32, power-on ns i64, sectors programmed i64,
+                next PSA of each stream i64[3] (-1: none), CRC32C u32 of all but itself,
+                then rows u32[rows, 2] and events i64[events, 4] (csd_device.ftl.changes)
 
 PSA: physical sector address, counted over the whole NAND in sectors of 4096 bytes.
 """
@@ -18,7 +16,6 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Self
 
@@ -26,43 +23,37 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_device.errors import DriveRefused, WriteFault
+from csd_device.ftl.changes import Changes
+from csd_device.ftl.checkpoint import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    Progress,
+    encode_checkpoint,
+    read_checkpoint,
+)
 from csd_device.ftl.folder import replace_file, sync_folder, write_all
 from csd_protocol.crc32c import crc32c
 
+U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 
 JOURNAL_NAME = "mapping.journal"
-CHECKPOINT_NAME = "mapping.checkpoint"
 
-_RECORD = struct.Struct("<8sQII")
-_RECORD_MAGIC = b"CSDJRNL1"
-_CHECKPOINT = struct.Struct("<8sQQQqI")
-_CHECKPOINT_MAGIC = b"CSDCKPT1"
-_ENTRY_BYTES = 32
-
-
-class Kind(IntEnum):
-    """What an entry says, and its three fields."""
-
-    MAP = 1  # lpn, psa, count: sectors written side by side
-    UNMAP = 2  # lpn, count, 0
-    OPEN = 3  # superblock, 0, 0
-    FREE = 4  # superblock, 0, 0: erased
-    POINTER = 5  # next psa to write, -1: none, 0, 0
-
-
-Entry = tuple[int, int, int, int]
+_HEAD = struct.Struct("<8sQIIqq3q")
+_CRC = struct.Struct("<I")
+_MAGIC = b"CSDJRNL2"
+_ROW_BYTES, _EVENT_BYTES = 8, 32
+HEAD_BYTES = _HEAD.size + _CRC.size
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The whole state after record `number`."""
+class Record:
+    """What one commit made durable."""
 
     number: int
-    runs: I64  # [n, 3] lpn, psa, count
-    states: npt.NDArray[np.uint8]
-    erases: npt.NDArray[np.uint32]
-    write_pointer: int  # next psa to write, -1: no open superblock
+    progress: Progress
+    rows: U32  # [n, 2]
+    events: I64  # [m, 4]
 
 
 class Journal:
@@ -76,26 +67,28 @@ class Journal:
         self._size_bytes = size_bytes
 
     @classmethod
-    def open(cls, directory: Path) -> tuple[Self, Checkpoint | None, list[I64]]:
+    def open(cls, directory: Path) -> tuple[Self, Checkpoint | None, list[Record]]:
         """The journal ready for appending, the checkpoint, and the records behind it.
 
         Raises DriveRefused when the checkpoint is damaged or the journal does not continue it.
         """
-        checkpoint = _read_checkpoint(directory / CHECKPOINT_NAME)
+        checkpoint = read_checkpoint(directory / CHECKPOINT_NAME)
         number = checkpoint.number if checkpoint else 0
         path = directory / JOURNAL_NAME
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         sync_folder(directory)
         size_bytes, records = 0, []
-        for found, entries, end in _records(path.read_bytes()):
+        for record, end in _records(path.read_bytes()):
             size_bytes = end
-            if found <= number:
+            if record.number <= number:
                 continue
-            if found != number + 1:
+            if record.number != number + 1:
                 os.close(file)
-                raise DriveRefused(f"{path}: record {found} follows record {number}; one is lost")
-            number = found
-            records.append(entries)
+                raise DriveRefused(
+                    f"{path}: record {record.number} follows record {number}; one is lost"
+                )
+            number = record.number
+            records.append(record)
         os.ftruncate(file, size_bytes)
         return cls(directory, file, number, size_bytes), checkpoint, records
 
@@ -103,31 +96,28 @@ class Journal:
     def size_bytes(self) -> int:
         return self._size_bytes
 
-    def append(self, entries: list[Entry]) -> None:
+    @property
+    def number(self) -> int:
+        """Of the last record."""
+        return self._number
+
+    def append(self, changes: Changes, progress: Progress) -> None:
         """One record, durable on return. Raises WriteFault; the journal then is as before."""
-        payload = np.array(entries, np.int64).reshape(-1, 4).tobytes()
-        checksum = _record_crc(self._number + 1, len(entries), payload)
-        head = _RECORD.pack(_RECORD_MAGIC, self._number + 1, len(entries), checksum)
+        data = _encode(self._number + 1, changes.rows(), changes.events(), progress)
         try:
-            write_all(self._file, head + payload)
+            write_all(self._file, data)
             os.fdatasync(self._file)
         except OSError as error:
             os.ftruncate(self._file, self._size_bytes)
             raise WriteFault(f"{self._path / JOURNAL_NAME} cannot be written: {error}") from error
         self._number += 1
-        self._size_bytes += len(head) + len(payload)
+        self._size_bytes += len(data)
 
-    def checkpoint(
-        self,
-        runs: I64,
-        states: npt.NDArray[np.uint8],
-        erases: npt.NDArray[np.uint32],
-        write_pointer: int,
-    ) -> None:
+    def replace_by(self, checkpoint: Checkpoint) -> None:
         """Replaces checkpoint and journal by this state. Raises WriteFault."""
-        state = Checkpoint(self._number, runs, states, erases, write_pointer)
+        assert checkpoint.number == self._number
         try:
-            replace_file(self._path / CHECKPOINT_NAME, _encode_checkpoint(state))
+            replace_file(self._path / CHECKPOINT_NAME, encode_checkpoint(checkpoint))
             os.ftruncate(self._file, 0)
         except OSError as error:
             raise WriteFault(f"{self._path / CHECKPOINT_NAME}: {error}") from error
@@ -137,50 +127,31 @@ class Journal:
         os.close(self._file)
 
 
-def _record_crc(number: int, count: int, payload: bytes) -> int:
-    return crc32c(struct.pack("<QI", number, count) + payload)
+def _encode(number: int, rows: U32, events: I64, progress: Progress) -> bytes:
+    head = _HEAD.pack(_MAGIC, number, len(rows), len(events), *progress.numbers())
+    payload = rows.tobytes() + events.tobytes()
+    return head + _CRC.pack(crc32c(head + payload)) + payload
 
 
-def _records(data: bytes) -> Iterator[tuple[int, I64, int]]:
-    """Number, entries [n, 4] and end offset of each valid record up to the first that is not."""
+def _records(data: bytes) -> Iterator[tuple[Record, int]]:
+    """Each valid record and its end offset, up to the first that is not."""
     at = 0
-    while at + _RECORD.size <= len(data):
-        magic, number, count, checksum = _RECORD.unpack_from(data, at)
-        end = at + _RECORD.size + count * _ENTRY_BYTES
-        payload = data[at + _RECORD.size : end]
-        if magic != _RECORD_MAGIC or len(data) < end:
+    while at + HEAD_BYTES <= len(data):
+        magic, number, rows, events, *progress = _HEAD.unpack_from(data, at)
+        events_at = at + HEAD_BYTES + rows * _ROW_BYTES
+        end = events_at + events * _EVENT_BYTES
+        if magic != _MAGIC or len(data) < end:
             return
-        if _record_crc(number, count, payload) != checksum:
+        (checksum,) = _CRC.unpack_from(data, at + _HEAD.size)
+        if crc32c(data[at : at + _HEAD.size] + data[at + HEAD_BYTES : end]) != checksum:
             return
-        yield number, np.frombuffer(payload, np.int64).reshape(-1, 4), end
+        yield (
+            Record(
+                number,
+                Progress.of(progress),
+                np.frombuffer(data, np.uint32, rows * 2, at + HEAD_BYTES).reshape(-1, 2),
+                np.frombuffer(data, np.int64, events * 4, events_at).reshape(-1, 4),
+            ),
+            end,
+        )
         at = end
-
-
-def _encode_checkpoint(state: Checkpoint) -> bytes:
-    payload = state.runs.tobytes() + state.states.tobytes() + state.erases.tobytes()
-    sizes = (state.number, len(state.runs), len(state.states), state.write_pointer)
-    checksum = crc32c(struct.pack("<QQQq", *sizes) + payload)
-    return _CHECKPOINT.pack(_CHECKPOINT_MAGIC, *sizes, checksum) + payload
-
-
-def _read_checkpoint(path: Path) -> Checkpoint | None:
-    """None when there is none. Raises DriveRefused when it is damaged: a rename is never torn."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    if len(data) < _CHECKPOINT.size:
-        raise DriveRefused(f"{path}: damaged, {len(data)} bytes are no checkpoint")
-    magic, number, runs, superblocks, pointer, checksum = _CHECKPOINT.unpack_from(data)
-    payload = data[_CHECKPOINT.size :]
-    sizes = struct.pack("<QQQq", number, runs, superblocks, pointer)
-    if magic != _CHECKPOINT_MAGIC or crc32c(sizes + payload) != checksum:
-        raise DriveRefused(f"{path}: damaged (CRC32C does not match); the mapping is lost")
-    states_at, erases_at = runs * 24, runs * 24 + superblocks
-    return Checkpoint(
-        number,
-        np.frombuffer(payload[:states_at], np.int64).reshape(-1, 3),
-        np.frombuffer(payload[states_at:erases_at], np.uint8),
-        np.frombuffer(payload[erases_at:], np.uint32),
-        pointer,
-    )

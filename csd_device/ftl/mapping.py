@@ -1,10 +1,5 @@
-"""The L2P table, and reads as arrays: units -> byte ranges of the media -> pages.
+"""Reads as arrays: units -> byte ranges of the media -> pages."""
 
-The table has one 32-bit entry a logical sector: PSA + 1, or 0 where nothing is mapped. It is all
-zeroes at first and touched where something is written, so an empty drive takes no memory for it.
-"""
-
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +11,6 @@ from csd_device.config import SECTOR_BYTES
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
-
-SCAN_SECTORS = 1 << 20  # of the table at a time, so that temporaries stay small
 
 
 @njit(nogil=True, cache=True)
@@ -88,26 +81,6 @@ def _fold(psas: Any, sectors_per_page: Any, ppns: Any, sizes: Any) -> Any:
     return count
 
 
-@njit(nogil=True, cache=True)
-def _list_runs(part: Any, first_lpn: Any, runs: Any) -> Any:
-    """Fills `runs` [:, 3] with lpn, psa, count of what is mapped in a part of the table."""
-    count = 0
-    for index in range(part.shape[0]):
-        entry = np.int64(part[index])
-        if entry == 0:
-            continue
-        lpn = first_lpn + index
-        psa = entry - 1
-        if count > 0:
-            run = runs[count - 1]
-            if run[0] + run[2] == lpn and run[1] + run[2] == psa:
-                run[2] += 1
-                continue
-        runs[count, 0], runs[count, 1], runs[count, 2] = lpn, psa, 1
-        count += 1
-    return count
-
-
 def cut_units(table: U32, offsets: I64, unit_bytes: int, out: U8) -> I64:
     """Byte ranges [n, 3] (start, length, target) of units at `offsets` into the flat `out`.
 
@@ -131,6 +104,15 @@ def whole_units(pieces: I64, count: int, unit_bytes: int) -> I64 | None:
     return starts
 
 
+def lpns_of(offsets: I64, unit_bytes: int) -> tuple[I64, I64]:
+    """The logical sectors of each unit, one after the other, and the row of the unit of each."""
+    first = offsets // SECTOR_BYTES
+    counts = (offsets + unit_bytes - 1) // SECTOR_BYTES - first + 1
+    rows = np.repeat(np.arange(offsets.size), counts)
+    before = np.cumsum(counts) - counts
+    return np.arange(rows.size) - before[rows] + first[rows], rows
+
+
 def pages_of(pieces: I64, sectors_per_page: int) -> tuple[I64, I64]:
     """Each page the pieces touch, once and ascending, and the bytes it moves: whole sectors.
 
@@ -140,28 +122,11 @@ def pages_of(pieces: I64, sectors_per_page: int) -> tuple[I64, I64]:
     psas = np.empty(sectors_max, np.int64)
     count, ascending = _list_sectors(pieces, psas)
     psas = psas[:count] if ascending else np.unique(psas[:count])
+    return fold_pages(psas, sectors_per_page)
+
+
+def fold_pages(psas: I64, sectors_per_page: int) -> tuple[I64, I64]:
+    """The pages of ascending sectors, each once, and the bytes of them in each."""
     ppns, sizes = np.empty_like(psas), np.empty_like(psas)
     pages = _fold(psas, sectors_per_page, ppns, sizes)
     return ppns[:pages], sizes[:pages]
-
-
-def parts_of(table: U32) -> Iterator[tuple[int, U32]]:
-    """The table in views of at most SCAN_SECTORS entries, each with its first LPN."""
-    for lpn in range(0, table.size, SCAN_SECTORS):
-        yield lpn, table[lpn : lpn + SCAN_SECTORS]
-
-
-def runs_of(table: U32) -> I64:
-    """All mapped sectors as runs [n, 3]: lpn, psa, count."""
-    found = []
-    for lpn, part in parts_of(table):
-        if part.any():
-            runs = np.empty((part.size, 3), np.int64)
-            found.append(runs[: _list_runs(part, lpn, runs)].copy())
-    return np.concatenate(found) if found else np.empty((0, 3), np.int64)
-
-
-def count_by_superblock(entries: U32, sectors_per_superblock: int, superblocks: int) -> I64:
-    """How many of these table entries point into each superblock [superblocks]."""
-    psas = entries[entries != 0].astype(np.int64) - 1
-    return np.bincount(psas // sectors_per_superblock, minlength=superblocks)

@@ -1,13 +1,14 @@
 """The FTL: out-of-place writes, a mapping that survives, superblocks that come back.
 
-Bytes go to the media at once, to the next free sectors of the open superblock; the mapping changes
-in memory. A *commit* (a flush, a write with FUA, or `COMMIT_ENTRIES` changes) syncs the media first
-and then appends one journal record with all changes since the last. So what a record names is
-there, and what it does not name has not happened. A superblock is erased only after a commit that
-left it without a valid sector: no committed mapping ever points into reused cells.
+Bytes go to the media at once, to the next free sectors of their stream's open superblock; the
+mapping changes in memory. A *commit* (a flush, a write with FUA, or `COMMIT_ROWS` changes) syncs
+the media first and then appends one journal record with all changes since the last. So what a
+record names is there, and what it does not name has not happened. A superblock is erased only after
+a commit that left it without a valid sector: no committed mapping ever points into reused cells.
+While a write is being placed nothing is committed, so it is whole or not there.
 
-A page is programmed when its last sector is filled; a flush pads the page being filled. After a
-crash writing goes on behind the last committed sector.
+A page is programmed when its last sector is filled; a flush pads the pages being filled. After a
+crash open superblocks are closed where their committed part ends. docs/FTL.md says why.
 """
 
 from collections.abc import Callable
@@ -21,21 +22,25 @@ import numpy.typing as npt
 
 from csd_device.checked_copy import Keep, can_copy_checked
 from csd_device.config import SECTOR_BYTES, DriveConfig
-from csd_device.errors import CapacityExceeded, DriveRefused, LbaOutOfRange
-from csd_device.ftl.folder import MediaFolder
-from csd_device.ftl.journal import Checkpoint, Entry, Journal, Kind
-from csd_device.ftl.mapping import (
-    count_by_superblock,
-    cut_units,
-    pages_of,
-    parts_of,
-    runs_of,
-    whole_units,
+from csd_device.errors import (
+    CapacityExceeded,
+    DriveRefused,
+    LbaOutOfRange,
+    UnrecoveredRead,
+    WriteProtected,
 )
-from csd_device.ftl.victims import VictimPolicy, WhollyInvalid
+from csd_device.ftl.changes import Changes, EventKind
+from csd_device.ftl.checkpoint import Checkpoint, Progress
+from csd_device.ftl.collector import Collector
+from csd_device.ftl.folder import MediaFolder
+from csd_device.ftl.journal import Journal
+from csd_device.ftl.mapping import cut_units, lpns_of, pages_of, whole_units
+from csd_device.ftl.placement import NO_POINTER, Placement, Stream, SuperblockRetired
+from csd_device.ftl.programs import PagePrograms, Work
+from csd_device.ftl.recovery import Recovered, checkpoint_arrays, recover
+from csd_device.ftl.two_way_map import TwoWayMap
 from csd_device.gather import gather
-from csd_device.nand.geometry import first_ppns_of
-from csd_device.nand.media import FileMedia, Media, Pieces, direct_copy
+from csd_device.nand.media import FileMedia, Media, Pieces, Retries, direct_copy
 from csd_device.nand.superblocks import Superblocks, SuperblockState
 from csd_protocol.crc32c import crc32c_units
 
@@ -43,9 +48,10 @@ U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 
-COMMIT_ENTRIES = 4096  # changes held in memory before they are committed unasked
-CHECKPOINT_BYTES = 8 << 20  # of journal, before a checkpoint replaces it
-NO_POINTER = -1
+COMMIT_ROWS = 4096  # of changes held in memory before they are committed unasked
+CHECKPOINT_BYTES = 16 << 20  # of journal, before a checkpoint replaces it
+LBAS_NAMED_MAX = 8  # in a message
+READS_STEP = 1024  # page reads of a superblock that a crash may forget
 
 Wrap = Callable[[Media, Superblocks], Media]
 
@@ -55,32 +61,35 @@ class PageReads:
     """Pages that a read touches, each once, and the bytes that leave each.
 
     `extra_ns` is what the array takes longer for each than tR (read retries); None: nothing.
+    `retries` is the same by sector, for who asks again for some of them.
     """
 
     ppns: I64
     transfer_bytes: I64
     extra_ns: I64 | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PagePrograms:
-    """Pages programmed, the bytes moved into each, and one page of each block erased."""
-
-    ppns: I64
-    transfer_bytes: I64
-    erased_ppns: I64
+    retries: Retries | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Since the drive was opened, but wear: since it was made."""
+    """Since the drive was opened; but wear, spares and what is bad since it was made."""
 
-    sectors_written: int
-    pages_programmed: int
+    sectors_written: int  # by hosts
+    sectors_moved: int  # by garbage collection, wear levelling and reclaim
+    pages_programmed: int  # in all
+    pages_moved: int  # of them, those that moves filled
     superblocks_erased: int
-    erases_max: int
-    erases_mean: float
     write_amplification: float  # bytes programmed over bytes written; 0.0 before the first write
+    gc_debt_sectors: int  # to be moved until as many superblocks are free as should be
+    erases_min: int  # of a superblock
+    erases_mean: float
+    erases_max: int
+    erases_spread: int
+    free_superblocks: int
+    bad_superblocks: int  # those that are still being emptied among them
+    spare_superblocks: int  # that may yet go bad
+    spare_superblocks_initial: int
+    is_read_only: bool
 
 
 class Ftl:
@@ -91,7 +100,6 @@ class Ftl:
         media: Media,
         config: DriveConfig,
         folder: MediaFolder,
-        policy: VictimPolicy | None = None,
         superblocks: Superblocks | None = None,
     ) -> None:
         """Recovers the mapping from the folder. Takes over media and folder.
@@ -103,18 +111,29 @@ class Ftl:
         self._media = media
         self._geometry = geometry
         self._folder = folder
-        self._policy = policy or WhollyInvalid()
         self.capacity_sectors = config.capacity_sectors
         self.mapping_bytes = config.mapping_bytes
-        self._table: U32 = np.zeros(config.capacity_sectors, np.uint32)
         self._superblocks = superblocks or Superblocks(geometry.blocks_per_plane)
-        self._pointer = NO_POINTER
-        self._pending: list[Entry] = []
-        self._erased: list[int] = []  # superblocks, since the last PagePrograms
+        self._maps = TwoWayMap(
+            config.capacity_sectors,
+            geometry.raw_sectors,
+            geometry.sectors_per_superblock,
+            self._superblocks.valid,
+        )
+        self._table: U32 = self._maps.table
+        self._changes = Changes()
+        self._work = Work(geometry)
+        self._placement = Placement(
+            media, geometry, self._superblocks, self._changes, self._work
+        )  # fmt: skip
+        self._collector = Collector(
+            config, media, self._superblocks, self._maps, self._placement, self._changes, self._work
+        )
+        self._spares_initial = max(0, config.spare_superblocks)
         self._sectors_written = 0
-        self._pages_programmed = 0
-        self._superblocks_erased = 0
+        self._now_ns = 0
         self._journal = self._recover(folder.path)
+        self._saved_reads = self._superblocks.reads.copy()
 
     @classmethod
     def open(cls, directory: Path, config: DriveConfig, wrap: Wrap | None = None) -> Self:
@@ -147,7 +166,7 @@ class Ftl:
     def read_units(self, offsets_bytes: I64, unit_bytes: int, out: U8) -> PageReads:
         """Gathers units into `out` [n, unit_bytes], contiguous.
 
-        Raises LbaOutOfRange, and what the media raises (UnrecoveredRead).
+        Raises LbaOutOfRange, and UnrecoveredRead with the lost LBAs and `rows`.
         """
         assert out.shape == (offsets_bytes.size, unit_bytes)
         if not out.size:
@@ -156,8 +175,36 @@ class Ftl:
         flat = out.reshape(-1)
         pieces = cut_units(self._table, offsets_bytes, unit_bytes, flat)
         columns = np.ascontiguousarray(pieces.T)
-        self._media.gather(Pieces(columns[0], columns[1], columns[2]), flat)
-        return PageReads(*pages_of(pieces, self._geometry.sectors_per_page))
+        try:
+            retries = self._media.gather(Pieces(columns[0], columns[1], columns[2]), flat)
+        except UnrecoveredRead as error:
+            raise self._located(error, offsets_bytes, unit_bytes) from None
+        per_page = self._geometry.sectors_per_page
+        ppns, sizes = pages_of(pieces, per_page)
+        return PageReads(ppns, sizes, _by_page(retries, ppns, per_page), retries)
+
+    def _located(self, error: UnrecoveredRead, offsets: I64, unit_bytes: int) -> UnrecoveredRead:
+        """The same error with the LBAs and the rows of the read that it means."""
+        if error.psas is None:
+            return error
+        lpns, units = lpns_of(offsets, unit_bytes)
+        is_lost = np.isin(self._table[lpns].astype(np.int64) - 1, error.psas)
+        lost = np.unique(lpns[is_lost])
+        named = ", ".join(str(lpn) for lpn in lost[:LBAS_NAMED_MAX].tolist())
+        more = f" and {lost.size - LBAS_NAMED_MAX} more" if lost.size > LBAS_NAMED_MAX else ""
+        detail = f"{'LBA' if lost.size == 1 else 'LBAs'} {named}{more} ({error.detail})"
+        return UnrecoveredRead(detail, error.psas, np.unique(units[is_lost]))
+
+    def psas_of(self, lpn: int, count: int) -> I64:
+        """The physical sectors of these logical ones, ascending; those not mapped have none."""
+        self._check_range(lpn, count)
+        entries = self._table[lpn : lpn + count].astype(np.int64)
+        return np.sort(entries[entries > 0] - 1)
+
+    @property
+    def media(self) -> Media:
+        """The cells, as they were wrapped."""
+        return self._media
 
     def read_checked(self, offsets_bytes: I64, out: U8, keep: Keep) -> tuple[PageReads, U32]:
         """`read_units`, the CRC32C of each unit with it [n]; the first ones go to `keep` as well.
@@ -184,9 +231,23 @@ class Ftl:
         return np.not_equal(self._table[lpn : lpn + count], 0)
 
     @property
+    def superblocks(self) -> Superblocks:
+        return self._superblocks
+
+    @property
     def table(self) -> U32:
         """The L2P table, for compiled readers: PSA + 1 of each logical sector, 0: unmapped."""
         return self._table
+
+    @property
+    def reverse(self) -> U32:
+        """The P2L table: LPN + 1 of what each physical sector holds, 0: nothing that counts."""
+        return self._maps.reverse
+
+    @property
+    def pointers(self) -> tuple[int, ...]:
+        """The next PSA of each stream (`Stream`), -1 where none is open."""
+        return tuple(self._placement.pointers)
 
     @property
     def used_sectors(self) -> int:
@@ -196,36 +257,41 @@ class Ftl:
     # ---- changes -----------------------------------------------------------------------------
 
     def write(
-        self, lpn: int, data: bytes | bytearray | memoryview | U8, fua: bool = False
+        self,
+        lpn: int,
+        data: bytes | bytearray | memoryview | U8,
+        fua: bool = False,
+        stream: Stream = Stream.HOST,
     ) -> PagePrograms:
         """Writes whole sectors from `lpn` on; durable on return with `fua`.
 
-        Raises LbaOutOfRange and CapacityExceeded, the old data untouched, and WriteFault: then
-        the sectors have all old or all new data.
+        Raises LbaOutOfRange, CapacityExceeded and WriteProtected, the old data untouched, and
+        WriteFault: then the sectors have all old or all new data.
         """
         cells = np.frombuffer(data, np.uint8)
         assert cells.size % SECTOR_BYTES == 0
         count = cells.size // SECTOR_BYTES
         self._check_range(lpn, count)
-        self._make_room(count)
-        programmed: list[int] = []
-        placed = self._place(cells, programmed)
-        for psa, length in placed:
-            self._map(lpn, psa, length)
+        for psa, length in self._place(stream, cells):
+            self._maps.map_run(lpn, psa, length)
+            self._changes.note_run(lpn, psa + 1, length)
             lpn += length
         self._sectors_written += count
+        has_emptied = self._collector.pace(count, self._now_ns)
         if fua:
-            self._flush_to(programmed)
-        else:
-            self._commit_if_many()
-        return self._programs(programmed)
+            self._placement.pad_pages()
+        if fua or has_emptied or self._changes.row_count >= COMMIT_ROWS:
+            self._commit()
+        return self._work.take()
 
     def deallocate(self, lpn: int, count: int) -> None:
-        """The sectors read as zeroes from here on. Raises LbaOutOfRange."""
+        """The sectors read as zeroes from here on. Raises LbaOutOfRange and WriteProtected."""
         self._check_range(lpn, count)
-        self._unmap(lpn, count)
-        self._pending.append((Kind.UNMAP, lpn, count, 0))
-        self._commit_if_many()
+        self._check_writable()
+        self._maps.unmap(lpn, count)
+        self._changes.note_run(lpn, 0, count)
+        if self._changes.row_count >= COMMIT_ROWS:
+            self._commit()
 
     def write_zeroes(self, lpn: int, count: int) -> None:
         """Deallocates, which reads as zeroes."""
@@ -237,211 +303,198 @@ class Ftl:
 
     def flush(self) -> PagePrograms:
         """All that was acknowledged is durable on return. Raises WriteFault."""
-        programmed: list[int] = []
-        self._flush_to(programmed)
-        return self._programs(programmed)
+        self._placement.pad_pages()
+        self._commit()
+        return self._work.take()
+
+    def pass_time(self, now_ns: int) -> None:
+        """It is this late on the drive's clock: the age of data goes by it."""
+        self._now_ns = self._placement.opened_ns = max(self._now_ns, now_ns)
+
+    def work_idle(self, sectors_max: int) -> PagePrograms | None:
+        """Moves at most so many sectors ahead of need; None: there is nothing to do.
+
+        Room that will be needed, and data that its cells should not hold much longer: failed ones,
+        those read or aged beyond their limits, young ones that cold data keeps from wear.
+        """
+        if self.is_read_only:
+            return None
+        moved, has_emptied = self._collector.work_idle(sectors_max, self._now_ns)
+        if has_emptied:
+            self._commit()
+        return self._work.take() if moved or has_emptied else None
+
+    # ---- what it says of itself --------------------------------------------------------------
+
+    @property
+    def is_read_only(self) -> bool:
+        """More superblocks went bad than were spare."""
+        return self._collector.spares_left < 0
 
     def counters(self) -> Counters:
         written = self._sectors_written * SECTOR_BYTES
-        programmed = self._pages_programmed * self._geometry.page_bytes
+        programmed = self._work.pages_programmed * self._geometry.page_bytes
         erases = self._superblocks.erases
         return Counters(
-            self._sectors_written,
-            self._pages_programmed,
-            self._superblocks_erased,
-            int(erases.max()),
-            float(erases.mean()),
-            programmed / written if written else 0.0,
+            sectors_written=self._sectors_written,
+            sectors_moved=self._collector.sectors_moved,
+            pages_programmed=self._work.pages_programmed,
+            pages_moved=self._work.pages_moved,
+            superblocks_erased=self._work.superblocks_erased,
+            write_amplification=programmed / written if written else 0.0,
+            gc_debt_sectors=self._collector.debt_sectors(),
+            erases_min=int(erases.min()),
+            erases_mean=float(erases.mean()),
+            erases_max=int(erases.max()),
+            erases_spread=int(erases.max()) - int(erases.min()),
+            free_superblocks=self._superblocks.free_count,
+            bad_superblocks=self._superblocks.bad_count,
+            spare_superblocks=max(0, self._collector.spares_left),
+            spare_superblocks_initial=self._spares_initial,
+            is_read_only=self.is_read_only,
         )
+
+    def check(self) -> None:
+        """Asserts the invariants that hold between commands."""
+        self._maps.check()
+        blocks = self._superblocks
+        is_empty = (blocks.states == SuperblockState.FREE) | (blocks.states == SuperblockState.BAD)
+        assert not blocks.valid[is_empty].any(), "a free or bad superblock holds data"
+        opened = [psa // self._placement.size for psa in self.pointers if psa != NO_POINTER]
+        assert sorted(opened) == blocks.having(SuperblockState.OPEN).tolist()
+        for psa in self.pointers:
+            if psa != NO_POINTER:
+                end = (psa // self._placement.size + 1) * self._placement.size
+                assert not self.reverse[psa:end].any(), "data beyond a write pointer"
 
     def close(self) -> None:
         """Flushes, writes a checkpoint, gives the folder back. Raises WriteFault."""
         try:
-            self._flush_to([])
-            self._checkpoint()
+            self._placement.pad_pages()
+            self._commit()
+            self._checkpoint(is_clean=True)
         finally:
-            self._journal.close()
-            self._media.close()
-            self._folder.close()
+            self.abandon()
 
-    # ---- placing sectors ---------------------------------------------------------------------
+    def abandon(self) -> None:
+        """Gives the folder back as it is: what a loss of power leaves."""
+        self._journal.close()
+        self._media.close()
+        self._folder.close()
 
-    def _make_room(self, count: int) -> None:
+    # ---- room --------------------------------------------------------------------------------
+
+    def _place(self, stream: Stream, cells: U8) -> list[tuple[int, int]]:
+        """Makes room, writes, and starts over when cells fail; where it went: (psa, sectors)."""
+        while True:
+            self._check_writable()
+            self._make_room(stream, cells.size // SECTOR_BYTES)
+            try:
+                return self._placement.place(stream, cells)
+            except SuperblockRetired:
+                continue
+
+    def _make_room(self, stream: Stream, count: int) -> None:
         """Takes superblocks back until `count` sectors fit. Raises CapacityExceeded."""
-        if self._room_sectors() >= count:
+        if self._room(stream) >= count:
             return
         self._commit()
-        room = self._room_sectors()
-        if room < count:
-            raise CapacityExceeded(
-                count * SECTOR_BYTES,
-                room * SECTOR_BYTES,
-                self.used_sectors * SECTOR_BYTES,
-                self._geometry.raw_bytes,
-            )
+        while self._room(stream) < count:
+            if not (self._is_possible(count) and self._collector.drain_one()):
+                raise CapacityExceeded(
+                    count * SECTOR_BYTES,
+                    self._room(stream) * SECTOR_BYTES,
+                    self.used_sectors * SECTOR_BYTES,
+                    self._geometry.raw_bytes,
+                )
+            self._commit()
+            self._check_writable()
 
-    def _room_sectors(self) -> int:
-        free = self._superblocks.having(SuperblockState.FREE).size
-        return free * self._geometry.sectors_per_superblock + self._open_room()
+    def _room(self, stream: Stream) -> int:
+        return self._placement.room(stream, self._collector.reserve)
 
-    def _open_room(self) -> int:
-        """Sectors left in the open superblock."""
-        size = self._geometry.sectors_per_superblock
-        return 0 if self._pointer == NO_POINTER else size - self._pointer % size
-
-    def _place(self, cells: U8, programmed: list[int]) -> list[tuple[int, int]]:
-        """Writes cells to the next free sectors; where they went: (psa, sectors)."""
-        placed = []
-        at = 0
-        while at < cells.size:
-            if self._pointer == NO_POINTER:
-                self._open_superblock()
-            length = min(self._open_room() * SECTOR_BYTES, cells.size - at)
-            psa = self._pointer
-            self._media.write(psa * SECTOR_BYTES, cells[at : at + length])
-            self._advance(length // SECTOR_BYTES, programmed)
-            placed.append((psa, length // SECTOR_BYTES))
-            at += length
-        return placed
-
-    def _open_superblock(self) -> None:
-        """Erases once more without wear: a crash may have left bytes of writes that it undid."""
-        superblock = self._superblocks.take_free()
-        assert superblock is not None, "room was checked"
-        size = self._geometry.superblock_bytes
-        self._media.erase(superblock * size, size)
-        self._pointer = superblock * self._geometry.sectors_per_superblock
-        self._pending.append((Kind.OPEN, superblock, 0, 0))
-
-    def _advance(self, sectors: int, programmed: list[int]) -> None:
-        """Moves the write pointer; notes the pages that became full."""
-        per_page = self._geometry.sectors_per_page
-        first = self._pointer // per_page
-        self._pointer += sectors
-        programmed.extend(range(first, self._pointer // per_page))
-        size = self._geometry.sectors_per_superblock
-        if self._pointer % size == 0:
-            self._superblocks.fill(self._pointer // size - 1)
-            self._pointer = NO_POINTER
-
-    def _pad_page(self, programmed: list[int]) -> None:
-        if self._pointer != NO_POINTER:
-            self._advance(-self._pointer % self._geometry.sectors_per_page, programmed)
-
-    def _map(self, lpn: int, psa: int, count: int) -> None:
-        self._unmap(lpn, count)
-        self._table[lpn : lpn + count] = np.arange(psa + 1, psa + 1 + count, dtype=np.uint32)
-        self._superblocks.valid[psa // self._geometry.sectors_per_superblock] += count
-        self._pending.append((Kind.MAP, lpn, psa, count))
-
-    def _unmap(self, lpn: int, count: int) -> None:
-        for _, part in parts_of(self._table[lpn : lpn + count]):
-            if part.any():
-                self._superblocks.valid -= self._count(part)
-                part[:] = 0
-
-    def _count(self, entries: U32) -> I64:
-        size = self._geometry.sectors_per_superblock
-        return count_by_superblock(entries, size, self._superblocks.valid.size)
-
-    def _programs(self, programmed: list[int]) -> PagePrograms:
-        self._pages_programmed += len(programmed)
-        erased = [first_ppns_of(self._geometry, superblock) for superblock in self._erased]
-        self._erased.clear()
-        ppns = np.array(programmed, np.int64)
-        return PagePrograms(
-            ppns,
-            np.full(ppns.size, self._geometry.page_bytes, np.int64),
-            np.concatenate(erased) if erased else np.empty(0, np.int64),
-        )
+    def _is_possible(self, count: int) -> bool:
+        """Whether so many sectors would fit if nothing stale were left."""
+        blocks = self._superblocks
+        good = blocks.states.size - blocks.bad_count - self._collector.reserve
+        return good * self._placement.size - self.used_sectors >= count
 
     # ---- durability --------------------------------------------------------------------------
 
-    def _flush_to(self, programmed: list[int]) -> None:
-        self._pad_page(programmed)
-        self._commit()
-
-    def _commit_if_many(self) -> None:
-        if len(self._pending) >= COMMIT_ENTRIES:
-            self._commit()
-
     def _commit(self) -> None:
         """Makes all changes so far durable, then takes back what they left without data."""
-        if self._pending:
+        self._note_reads()
+        if not self._changes.is_empty:
             self._media.sync()
-            self._journal.append([*self._pending, (Kind.POINTER, self._pointer, 0, 0)])
-            self._pending.clear()
+            self._journal.append(self._changes, self._progress())
+            self._changes.clear()
         self._take_back()
         if self._journal.size_bytes > CHECKPOINT_BYTES:
             self._checkpoint()
 
     def _take_back(self) -> None:
-        """Erases victims. Only right after a commit: see the head of this file."""
+        """Erases what holds nothing. Only right after a commit: see the head of this file."""
         blocks = self._superblocks
-        size = self._geometry.superblock_bytes
-        while True:
-            victim = self._policy.choose(blocks.having(SuperblockState.FULL), blocks.valid)
-            if victim is None:
-                return
-            self._media.erase(victim * size, size)
-            blocks.release(victim)
-            self._superblocks_erased += 1
-            self._erased.append(victim)
-            self._pending.append((Kind.FREE, victim, 0, 0))
+        is_stale = (blocks.states == SuperblockState.FULL) & (blocks.valid == 0)
+        for superblock in np.flatnonzero(is_stale).tolist():
+            if not blocks.retiring[superblock] and self._placement.erase(superblock):
+                blocks.release(superblock)
+                self._work.note_erase(superblock)
+                self._changes.note_event(EventKind.FREE, superblock)
+            else:
+                blocks.condemn(superblock)
+                self._changes.note_event(EventKind.BAD, superblock)
+            self._collector.forget(superblock)
 
-    def _checkpoint(self) -> None:
-        """Only with nothing pending but erases."""
-        blocks = self._superblocks
-        self._journal.checkpoint(runs_of(self._table), blocks.states, blocks.erases, self._pointer)
-        self._pending.clear()
+    def _note_reads(self) -> None:
+        reads = self._superblocks.reads
+        grown = np.flatnonzero(reads - self._saved_reads >= READS_STEP)
+        for superblock in grown.tolist():
+            self._changes.note_event(EventKind.READS, superblock, int(reads[superblock]))
+        self._saved_reads[grown] = reads[grown]
+        np.minimum(self._saved_reads, reads, out=self._saved_reads)
+
+    def _progress(self) -> Progress:
+        placement = self._placement
+        powered_ns = placement.powered_ns + self._now_ns
+        return Progress(powered_ns, placement.programmed, tuple(placement.pointers))
+
+    def _checkpoint(self, is_clean: bool = False) -> None:
+        """Only with nothing pending but what `_take_back` did."""
+        arrays = checkpoint_arrays(self._superblocks, self._placement.powered_ns)
+        self._journal.replace_by(
+            Checkpoint(
+                number=self._journal.number,
+                is_clean=is_clean,
+                progress=self._progress(),
+                arrays=arrays,
+                chunk_count=self._maps.chunk_count,
+                chunks=self._maps.chunks(),
+            )
+        )
+        self._changes.clear()
 
     def _recover(self, directory: Path) -> Journal:
         journal, checkpoint, records = Journal.open(directory)
-        if checkpoint:
-            self._restore(checkpoint)
-        for entries in records:
-            for kind, first, second, third in entries.tolist():
-                self._replay(kind, first, second, third)
-        for _, part in parts_of(self._table):
-            if part.any():
-                self._superblocks.valid += self._count(part)
-        self._close_filled()
+        try:
+            found = recover(checkpoint, records, self._maps, self._superblocks)
+            self._go_on(found, journal)
+        except BaseException:
+            journal.close()
+            raise
         return journal
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        for lpn, psa, count in checkpoint.runs.tolist():
-            self._set(lpn, psa, count)
-        self._superblocks.states[:] = checkpoint.states
-        self._superblocks.erases[:] = checkpoint.erases
-        self._pointer = checkpoint.write_pointer
-
-    def _replay(self, kind: int, first: int, second: int, third: int) -> None:
-        blocks = self._superblocks
-        if kind == Kind.MAP:
-            self._set(first, second, third)
-        elif kind == Kind.UNMAP:
-            self._table[first : first + second] = 0
-        elif kind == Kind.OPEN:
-            blocks.states[first] = SuperblockState.OPEN
-        elif kind == Kind.FREE:
-            blocks.states[first] = SuperblockState.FREE
-            blocks.erases[first] += 1
+    def _go_on(self, found: Recovered, journal: Journal) -> None:
+        """Goes on behind the last sector, or in new superblocks when a crash came between."""
+        placement = self._placement
+        placement.programmed = found.progress.programmed
+        placement.powered_ns = found.progress.powered_ns
+        if found.is_clean:
+            placement.pointers = list(found.progress.pointers)
+            if any(pointer != NO_POINTER for pointer in placement.pointers):
+                journal.append(self._changes, self._progress())  # from here on it is not clean
         else:
-            assert kind == Kind.POINTER, kind
-            self._pointer = first
-
-    def _set(self, lpn: int, psa: int, count: int) -> None:
-        self._table[lpn : lpn + count] = np.arange(psa + 1, psa + 1 + count, dtype=np.uint32)
-
-    def _close_filled(self) -> None:
-        """Open superblocks that the write pointer has left are full."""
-        blocks = self._superblocks
-        current = NO_POINTER
-        if self._pointer != NO_POINTER:
-            current = self._pointer // self._geometry.sectors_per_superblock
-        for superblock in blocks.having(SuperblockState.OPEN):
-            if superblock != current:
-                blocks.fill(int(superblock))
+            placement.close_open()
 
     # ---- bounds ------------------------------------------------------------------------------
 
@@ -449,7 +502,21 @@ class Ftl:
         if lpn < 0 or count < 0 or lpn + count > self.capacity_sectors:
             raise LbaOutOfRange(lpn, count, self.capacity_sectors)
 
+    def _check_writable(self) -> None:
+        if self.is_read_only:
+            raise WriteProtected(self._superblocks.bad_count, self._spares_initial)
+
     def _check_bytes(self, start: int, end: int) -> None:
         if start < 0 or end > self.capacity_sectors * SECTOR_BYTES:
             first = start // SECTOR_BYTES
             raise LbaOutOfRange(first, -(-end // SECTOR_BYTES) - first, self.capacity_sectors)
+
+
+def _by_page(retries: Retries | None, ppns: I64, sectors_per_page: int) -> I64 | None:
+    """What each page [n], ascending, takes longer: its slowest sector."""
+    if retries is None:
+        return None
+    extra_ns = np.zeros(ppns.size, np.int64)
+    pages = np.searchsorted(ppns, retries.psas // sectors_per_page)
+    np.maximum.at(extra_ns, pages, retries.extra_ns)
+    return extra_ns

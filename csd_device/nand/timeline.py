@@ -18,6 +18,7 @@ the die that can start first does. docs/TIMING.md has the closed forms. All in i
 calls give the same times.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ class Operation(NamedTuple):
     kind: int
     array_ns: I64  # [page types]
     suspend_ns: int
+    slower_ns: I64  # [dies, page types] more of a slow die, or [0, page types]: none is
 
 
 class State(NamedTuple):
@@ -160,9 +162,12 @@ def _group_end(batch: Any, order: Any, places: Any, first: Any, end: Any, ready:
 
 
 @njit(nogil=True, cache=True)
-def _array_ns(batch: Any, order: Any, page: Any, operation: Any) -> Any:
+def _array_ns(batch: Any, order: Any, page: Any, operation: Any, die: Any) -> Any:
     """What the array takes for one group: its pages are of one type; the slowest counts."""
-    array_ns = operation.array_ns[page % operation.array_ns.shape[0]]
+    page_type = page % operation.array_ns.shape[0]
+    array_ns = operation.array_ns[page_type]
+    if operation.slower_ns.shape[0]:
+        array_ns += operation.slower_ns[die, page_type]
     if batch.extra.shape[0] == 0:
         return array_ns
     extra = np.int64(0)
@@ -196,7 +201,7 @@ def _place_read(
             suspended_at = asked
     cycles_ns = rules.command_ns * order.shape[0]
     start = slip(state.bus, channel, ready, cycles_ns)
-    loaded = start + cycles_ns + _array_ns(batch, order, page_offset, operation)
+    loaded = start + cycles_ns + _array_ns(batch, order, page_offset, operation, die)
     if rules.cache_read and start < state.dies[die, DRAINED]:
         loaded = max(loaded, state.dies[die, DRAINED]) + rules.cache_busy_ns
     at = loaded
@@ -226,7 +231,7 @@ def _place_change(
     at = start + cycles_ns
     for page in order:
         at = _move(state, operation.kind, channel, at, batch.moves[page])
-    at += _array_ns(batch, order, page_offset, operation)
+    at += _array_ns(batch, order, page_offset, operation, die)
     at = _move(state, operation.kind, channel, at, rules.status_ns)
     for page in order:
         batch.done[page] = at
@@ -316,14 +321,13 @@ class Timeline:
 
     def __init__(self, geometry: Geometry, timing: CellTiming) -> None:
         self._timing = timing
+        self._geometry = geometry
         self._pages = geometry.pages
         self.rules = _rules_of(geometry, timing)
         self.state = _idle(geometry)
-        self.read = Operation(READ, _by_type(timing.read_ns_by_type), 0)
-        self._program = Operation(
-            PROGRAM, _by_type(timing.program_ns_by_type), timing.program_suspend_ns
-        )
-        self._erase = Operation(ERASE, _by_type((timing.erase_ns,)), timing.erase_suspend_ns)
+        self.read = _operation(READ, timing.read_ns_by_type, 0)
+        self._program = _operation(PROGRAM, timing.program_ns_by_type, timing.program_suspend_ns)
+        self._erase = _operation(ERASE, (timing.erase_ns,), timing.erase_suspend_ns)
 
     def read_pages(
         self,
@@ -352,6 +356,15 @@ class Timeline:
     def erase_blocks(self, arrival_ns: int | I64, ppns: I64) -> I64:
         """When the block of each page is erased [n]; name each block once."""
         return self._run(arrival_ns, ppns, np.zeros_like(ppns), self._erase, None)
+
+    def slow_down_reads(self, dies: Iterable[tuple[int, int]], factor: float) -> None:
+        """From now on tR of these dies (channel, die of it) is longer, of all others as stated."""
+        slower = np.empty((0, self.read.array_ns.size), np.int64)
+        places = [channel * self._geometry.dies_per_channel + die for channel, die in dies]
+        if places:
+            slower = np.zeros((self._geometry.dies, self.read.array_ns.size), np.int64)
+            slower[places] = np.round(self.read.array_ns * (factor - 1))
+        self.read = self.read._replace(slower_ns=slower)
 
     def idle_ns(self) -> int:
         """When all that was asked for so far is done."""
@@ -406,8 +419,9 @@ class Timeline:
 _NO_EXTRA: I64 = np.empty(0, np.int64)
 
 
-def _by_type(figures: tuple[int, ...]) -> I64:
-    return np.array(figures, np.int64)
+def _operation(kind: int, array_ns: tuple[int, ...], suspend_ns: int) -> Operation:
+    none_slower = np.empty((0, len(array_ns)), np.int64)
+    return Operation(kind, np.array(array_ns, np.int64), suspend_ns, none_slower)
 
 
 def _idle(geometry: Geometry) -> State:

@@ -14,6 +14,7 @@ from csd_device.clock import TimeMode
 from csd_device.drive import Drive
 from csd_device.errors import CommandError
 from csd_device.firmware.queue_pair import QueuePair
+from csd_device.nand.faults import PowerCut
 from csd_device.service import translate
 from csd_protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from csd_protocol.csd.v1 import csd_pb2 as pb
@@ -49,7 +50,13 @@ class Session:
         self.ended = False
 
     def handle(self, entry: pb.SubmissionEntry) -> None:
-        """Takes one entry. What is wrong with it becomes a completion; never raises for that."""
+        """Takes one entry. What is wrong with it becomes a completion; never raises for that.
+
+        A drive without power completes nothing: its sessions end.
+        """
+        if self._drive.is_off:
+            self.ended = True
+            return
         try:
             if entry.set == pb.COMMAND_SET_ADMIN and entry.opcode == AdminOpcode.CONNECT:
                 self._connect(entry)
@@ -57,6 +64,8 @@ class Session:
                 self._submit(entry)
         except CommandError as error:
             self._ready.append(translate.refusal(entry.cid, error.status, error.detail))
+        except PowerCut:
+            self.ended = True
 
     def take(self) -> list[pb.CompletionEntry]:
         """What is due by now, in the order of completion times."""

@@ -82,6 +82,11 @@ def _target(target: pb.StageTarget) -> fw.Target:
         keep=target.keep if what == "keep" else 1.0,
         units=_words(f"units of site {target.site}", target.units),
         ignore_residency=target.ignore_residency,
+        copy=target.copy,
+        elsewhere=tuple(
+            fw.Elsewhere(part.copy, _words(f"units of site {target.site} elsewhere", part.units))
+            for part in target.elsewhere
+        ),
     )
 
 
@@ -131,7 +136,7 @@ _READERS: dict[tuple[int, int], tuple[str, Reader]] = {
     (_ADMIN, AdminOpcode.ABORT): ("abort", lambda body: fw.Abort(body.cid)),
     (_ADMIN, AdminOpcode.SET_FEATURES): (
         "features",
-        lambda body: fw.SetFeatures(body.feature_id, body.value),
+        lambda body: fw.SetFeatures(body.feature_id, body.value, body.data),
     ),
     (_ADMIN, AdminOpcode.GET_FEATURES): (
         "features",
@@ -231,11 +236,19 @@ def _staged_site(site: fw.StagedSite) -> pb.StagedSite:
         ready_ns=site.ready_ns,
         units_from_dram=site.units_from_dram,
         nand_page_reads=site.nand_page_reads,
+        units_from_copies=site.units_from_copies,
     )
 
 
 def _word_bytes(words: npt.NDArray[np.uint32]) -> bytes:
     return words.astype("<u4", copy=False).tobytes()
+
+
+def _put_media_error(entry: pb.CompletionEntry, result: fw.MediaError) -> None:
+    entry.media_error.lost.extend(
+        pb.LostUnits(site=lost.site, copy=lost.copy, units=_word_bytes(lost.units))
+        for lost in result.lost
+    )
 
 
 def _put_execute(entry: pb.CompletionEntry, result: fw.ExecuteResult) -> None:
@@ -258,6 +271,7 @@ def _put_dword0(entry: pb.CompletionEntry, result: fw.Dword0) -> None:
 
 _RESULTS: dict[type, Callable[[pb.CompletionEntry, Any], None]] = {
     fw.StageResult: _put_stage,
+    fw.MediaError: _put_media_error,
     fw.ExecuteResult: _put_execute,
     fw.AsyncEventResult: _put_event,
     fw.Data: _put_data,

@@ -9,7 +9,7 @@ import torch
 from csd_protocol.packed import PackedModel, Role, Site
 from csd_protocol.program_file import ShadowLayer, encode_frequency, encode_shadow
 from host_client.driver import Drive
-from host_client.model.catalog import read_units
+from host_client.runtime.plain_reads import PlainReads
 
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
@@ -28,8 +28,9 @@ def build_shadow(
     hidden = packed.find(Role.FFN, 0).cols
     group = next(size for size in _GROUPS if hidden % size == 0)
     layers: dict[int, ShadowLayer] = {}
+    reads = PlainReads(drive, packed)
     for layer in range(packed.layer_count):
-        layers[layer] = _shadow_layer(drive, packed, layer)
+        layers[layer] = _shadow_layer(reads, packed, layer)
         progress(layer + 1, packed.layer_count)
     return encode_shadow(
         packed.name, layers, bits=bits, group=group, rms_eps=float(packed.config["rms_norm_eps"])
@@ -43,8 +44,9 @@ def build_frequency(packed: PackedModel, counts: U32) -> bytes:
 
 def read_down_norms(drive: Drive, packed: PackedModel) -> F32:
     """L2 norm of every down column, float32 [layers, neurons]."""
+    reads = PlainReads(drive, packed)
     norms = [
-        _values(drive, packed, packed.find(Role.FFN, layer))[:, 2].norm(dim=1).numpy()
+        _values(reads, packed, packed.find(Role.FFN, layer))[:, 2].norm(dim=1).numpy()
         for layer in range(packed.layer_count)
     ]
     return np.stack(norms)
@@ -63,9 +65,9 @@ def load_predictor(drive: Drive, packed: PackedModel, kind: str, data: bytes) ->
     return number
 
 
-def _shadow_layer(drive: Drive, packed: PackedModel, layer: int) -> ShadowLayer:
-    neurons = _values(drive, packed, packed.find(Role.FFN, layer))  # [neurons, 3, hidden]
-    norm = dict(_norm_parts(drive, packed, layer))["post_attention_norm"]
+def _shadow_layer(reads: PlainReads, packed: PackedModel, layer: int) -> ShadowLayer:
+    neurons = _values(reads, packed, packed.find(Role.FFN, layer))  # [neurons, 3, hidden]
+    norm = dict(_norm_parts(reads, packed, layer))["post_attention_norm"]
     return ShadowLayer(
         norm=norm.numpy(),
         gate=neurons[:, 0].numpy(),
@@ -75,17 +77,17 @@ def _shadow_layer(drive: Drive, packed: PackedModel, layer: int) -> ShadowLayer:
 
 
 def _norm_parts(
-    drive: Drive, packed: PackedModel, layer: int
+    reads: PlainReads, packed: PackedModel, layer: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     site = packed.find(Role.NORMS, layer)
-    values = _values(drive, packed, site).reshape(-1)
+    values = _values(reads, packed, site).reshape(-1)
     sizes = [int(np.prod(part.shape)) for part in site.parts]
     for part, piece in zip(site.parts, values.split(sizes), strict=True):
         yield part.name, piece
 
 
-def _values(drive: Drive, packed: PackedModel, site: Site) -> torch.Tensor:
+def _values(reads: PlainReads, packed: PackedModel, site: Site) -> torch.Tensor:
     """All units of a site as float32 [count, rows, cols]."""
     dtype = torch.bfloat16 if packed.dtype == "bfloat16" else torch.float16
-    patterns = read_units(drive, site, 0, site.count)
-    return torch.from_numpy(patterns.view(np.int16).copy()).view(dtype).float()
+    patterns = reads.site_units(site)
+    return torch.from_numpy(patterns.view(np.int16)).view(dtype).float()

@@ -21,6 +21,7 @@ from csd_protocol.address import parse_address
 from host_client.driver import Drive
 
 DRIVE_VARIABLE = "CSD_DRIVE"
+EXIT_DAMAGED = 6  # a model on the drive has damaged units
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -1,15 +1,13 @@
-"""`csd pack`, `models`, `remove`, `plan` and `generate`."""
+"""`csd pack` and `csd generate`: the commands that bring torch and transformers in."""
 
-import json
 import time as host_time
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
-from csd_protocol.packed import PackedModel
+from csd_protocol.packed import COPIES_MAX, PackedModel
 from csd_protocol.units import format_size
 from host_client.calibrate.preparation import CALIBRATION_TOKENS, calibrate, load_predictors
 from host_client.cli import reports
@@ -17,19 +15,17 @@ from host_client.cli.console import TimeMode, err, open_drive, out, progress_byt
 from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
 from host_client.driver import Drive
 from host_client.io.opening import Kind as ReaderKind
-from host_client.model.catalog import list_models, open_model, remove_model
 from host_client.model.checkpoint import Dtype
+from host_client.model.formats import open_checkpoint
 from host_client.model.packer import pack as pack_checkpoint
-from host_client.model.source import Source, open_checkpoint, resolve_source
+from host_client.model.source import Source, resolve_source
 from host_client.runtime.causal_lm import (
     LOOKAHEAD_DEFAULT,
     CsdModelForCausalLM,
-    name_on_drive,
     runtime_of,
 )
 from host_client.runtime.generate import generate as run_generation
 from host_client.runtime.generate import prompt_ids
-from host_client.runtime.plan import make_plan, parse_budget
 from host_client.runtime.quality import Quality
 
 
@@ -50,6 +46,14 @@ def pack(
     dtype: Annotated[
         Dtype | None, typer.Option(help="16-bit type on the drive; default: the checkpoint's own.")
     ] = None,
+    copies: Annotated[
+        int,
+        typer.Option(
+            help="How often every unit lies on the drive: what one copy loses, another still has.",
+            min=1,
+            max=COPIES_MAX,
+        ),
+    ] = 1,
     replace: Annotated[
         bool, typer.Option("--replace", help="Take a model of the same name off the drive first.")
     ] = False,
@@ -75,11 +79,14 @@ def pack(
                 source.name,
                 lambda done, total, what: update(done, total),
                 dtype=dtype,
+                copies=copies,
                 replace=replace,
             )
+        stored = format_size(packed.weights_bytes * packed.copies)
         out.print(
             f"packed {packed.name}: {packed.unit_count:,} units, "
             f"{format_size(packed.weights_bytes)} as {packed.dtype}"
+            + (f", in {packed.copies} copies: {stored}" if packed.copies > 1 else "")
         )
         if calibration:
             _prepare(opened, packed, source, dram, calibration_tokens)
@@ -97,41 +104,6 @@ def _prepare(drive: Drive, packed: PackedModel, source: Source, dram: str, token
     with progress_count("building predictors, layers") as update:
         kinds = load_predictors(drive, packed, update)
     out.print(f"loaded predictors: {', '.join(kinds)}")
-
-
-def models(drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> None:
-    """List the models on the drive."""
-    with open_drive(drive, time) as opened:
-        entries = list_models(opened)
-    table = Table("name", "state", "size")
-    for entry in entries:
-        table.add_row(entry.name, entry.state, format_size(entry.extent.length_bytes))
-    out.print(table)
-
-
-def remove(model: Model, drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> None:
-    """Take a model off the drive."""
-    with open_drive(drive, time) as opened:
-        remove_model(opened, name_on_drive(model))
-    out.print(f"removed {model}")
-
-
-def plan(
-    model: Model,
-    dram: Dram = "45%",
-    context: Annotated[int, typer.Option(help="Tokens the KV cache has room for.", min=1)] = 512,
-    drive: DriveAddress = None,
-    time: Time = TimeMode.VIRTUAL,
-    as_json: Json = False,
-) -> None:
-    """Print what would be resident and what staged within a budget."""
-    with open_drive(drive, time) as opened:
-        _, packed = open_model(opened, name_on_drive(model))
-    made = make_plan(packed, parse_budget(dram, packed), context)
-    if as_json:
-        typer.echo(json.dumps(reports.plan_object(packed, made)))
-        return
-    out.print(reports.plan_table(packed, made))
 
 
 def generate(

@@ -1,13 +1,16 @@
 """Tables and JSON objects of what a plan keeps and what a run did."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from csd_protocol.packed import PackedModel, Role
 from csd_protocol.units import format_ns, format_size
-from host_client.runtime.generate import GenerationReport
 from host_client.runtime.plan import BUFFERS, Plan, head_site
+
+if TYPE_CHECKING:
+    from host_client.runtime.generate import GenerationReport
+    from host_client.runtime.plain_reads import Damage
 
 
 def plan_object(packed: PackedModel, plan: Plan) -> dict[str, Any]:
@@ -56,7 +59,52 @@ def plan_table(packed: PackedModel, plan: Plan) -> Table:
     return table
 
 
-def generation_table(report: GenerationReport, plan: Plan) -> Table:
+def verify_object(packed: PackedModel, damage: "list[Damage]") -> dict[str, Any]:
+    """What `csd verify` found, with stable keys. `lost`: units that no copy has."""
+    lost: list[dict[str, Any]] = []
+    for site in {part.site.site: part.site for part in damage}.values():
+        held = [set(part.units.tolist()) for part in damage if part.site.site == site.site]
+        gone = set.intersection(*held) if len(held) == packed.copies else set()
+        if gone:
+            lost.append({"site": site.name, "layer": site.layer, "units": sorted(gone)})
+    return {
+        "model": packed.name,
+        "copies": packed.copies,
+        "units": packed.unit_count * packed.copies,
+        "damaged_units": sum(int(part.units.size) for part in damage),
+        "damaged": [
+            {
+                "site": part.site.name,
+                "layer": part.site.layer,
+                "copy": part.copy,
+                "units": part.units.tolist(),
+            }
+            for part in damage
+        ],
+        "lost": lost,
+    }
+
+
+def verify_text(report: dict[str, Any]) -> str:
+    """The same for people."""
+    name, units = report["model"], f"{report['units']:,} units"
+    copies = f"{report['copies']} cop{'y' if report['copies'] == 1 else 'ies'}"
+    if not report["damaged"]:
+        return f"{name}: {units} in {copies} are as they were packed"
+    lines = [f"{name}: of {units} in {copies}, {report['damaged_units']:,} are damaged:"]
+    lines += [
+        f"  {part['site']}, copy {part['copy']}: {', '.join(map(str, part['units']))}"
+        for part in report["damaged"]
+    ]
+    if report["lost"]:
+        gone = sum(len(part["units"]) for part in report["lost"])
+        lines.append(f"lost in every copy: {gone:,} units. Pack the model again with --replace")
+    else:
+        lines.append("another copy has each of them: generation goes on, and reads them there")
+    return "\n".join(lines)
+
+
+def generation_table(report: "GenerationReport", plan: Plan) -> Table:
     share = report.host_weights_peak_bytes / report.weights_bytes_16bit
     drive = report.drive
     table = Table(show_header=False, title="what it took", title_justify="left")
@@ -94,12 +142,21 @@ def generation_table(report: GenerationReport, plan: Plan) -> Table:
         ),
         ("host waited for the drive", f"{report.host_wait_s:.2f} s"),
     ]
+    if report.recovered_units:
+        rows.append(("recovered", _recovered(report)))
     for name, value in rows:
         table.add_row(name, value)
     return table
 
 
-def _predicted(report: GenerationReport) -> str:
+def _recovered(report: "GenerationReport") -> str:
+    return (
+        f"units: {report.recovered_units:,} lost in one copy, read from another "
+        f"({report.drive.units_from_copies:,} reads); `csd verify {report.model}` lists them"
+    )
+
+
+def _predicted(report: "GenerationReport") -> str:
     if report.predictor is None:
         return "nothing: exact quality needs every neuron, and stages all that are not resident"
     recall = "not measured" if report.recall is None else f"{report.recall:.0%}"

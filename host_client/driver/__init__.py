@@ -1,6 +1,13 @@
 """The driver: links to a drive, queue pairs over them, and `Drive`, which the host uses."""
 
-from host_client.driver.commands import Residency, Staged, StagedSite, StageTarget, Timing
+from host_client.driver.commands import (
+    LostUnits,
+    Residency,
+    Staged,
+    StagedSite,
+    StageTarget,
+    Timing,
+)
 from host_client.driver.drive import Drive
 from host_client.driver.errors import (
     CommandFailed,
@@ -19,6 +26,7 @@ __all__ = [
     "DriveLost",
     "DriveTimeout",
     "DriveUnavailable",
+    "LostUnits",
     "PendingCommand",
     "QueueFull",
     "Residency",

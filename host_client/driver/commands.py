@@ -16,6 +16,8 @@ class StageTarget:
 
     `keep` is the fraction of units a program chooses (predict_and_stage only); `units` are named,
     ascending. `ignore_residency` stages named units even where the host said that it holds them.
+    Units are read from `copy` of the model; those that are in `elsewhere`, from the copy beside
+    them there (each in one entry at most, ascending).
     """
 
     site: int
@@ -23,6 +25,8 @@ class StageTarget:
     units: U32 | None = None
     all: bool = False
     ignore_residency: bool = False
+    copy: int = 0
+    elsewhere: tuple[tuple[int, U32], ...] = ()
 
     def __post_init__(self) -> None:
         chosen = (self.keep is not None) + (self.units is not None) + self.all
@@ -64,6 +68,16 @@ class StagedSite:
     ready_ns: int
     units_from_dram: int
     nand_page_reads: int
+    units_from_copies: int = 0  # read from another copy than the first
+
+
+@dataclass(frozen=True, slots=True)
+class LostUnits:
+    """Units of a site that the drive cannot read from one of its copies, ascending."""
+
+    site: int
+    copy: int
+    units: U32
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 _PROGRAM_CHUNK_BYTES = 1 << 20
 _TRANSFERS_IN_FLIGHT = 4
+_COPY_BYTES = 4 << 20  # of one Copy, so that a drive is not held up by it
 _ALIVE_TIMEOUT_S = 1.0
 
 T = TypeVar("T")
@@ -127,6 +128,26 @@ class Drive:
     def log_page(self, log_id: int) -> dict[str, Any]:
         return self._call(entries.get_log_page(log_id))
 
+    def faults(self) -> dict[str, Any]:
+        """The settings of each fault (None: off), their seed, and `counters` of what they did."""
+        return self._call(entries.get_faults())
+
+    def set_faults(
+        self, name: str, settings: Mapping[str, Any] | None, seed: int | None = None
+    ) -> None:
+        """Switches one fault on with these settings, or off (None). docs/FAULTS.md has them.
+
+        `seed` is shared by all faults; None leaves it. Others go on as they were.
+        """
+        change: dict[str, Any] = {"name": name, "settings": settings}
+        if seed is not None:
+            change["seed"] = seed
+        self._queue.submit(entries.set_faults(change), entries.nothing).result()
+
+    def clear_faults(self) -> None:
+        """Switches all faults off."""
+        self._queue.submit(entries.set_faults({}), entries.nothing).result()
+
     def alive(self) -> bool:
         """Whether the drive answers within a second."""
         try:
@@ -163,6 +184,20 @@ class Drive:
         commands = (
             entries.write(slba + start // self.block_bytes, bytes(view[start : start + step]), fua)
             for start in range(0, len(view), step)
+        )
+        for _ in self._pipelined(commands, entries.nothing):
+            pass
+
+    def copy(self, from_bytes: int, to_bytes: int, length_bytes: int) -> None:
+        """Whole blocks to another place, inside the drive. The two runs must not overlap."""
+        self._check_aligned(from_bytes, length_bytes)
+        self._check_aligned(to_bytes, length_bytes)
+        source, target = from_bytes // self.block_bytes, to_bytes // self.block_bytes
+        count = length_bytes // self.block_bytes
+        step = _COPY_BYTES // self.block_bytes
+        commands = (
+            entries.copy(source + start, target + start, min(step, count - start))
+            for start in range(0, count, step)
         )
         for _ in self._pipelined(commands, entries.nothing):
             pass

@@ -10,8 +10,17 @@ import numpy.typing as npt
 
 from csd_protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from csd_protocol.csd.v1 import csd_pb2 as pb
-from csd_protocol.opcodes import AdminOpcode, ComputeOpcode, NvmOpcode
-from host_client.driver.commands import F32, U32, Residency, Staged, StagedSite, StageTarget, Timing
+from csd_protocol.opcodes import AdminOpcode, ComputeOpcode, Feature, NvmOpcode
+from host_client.driver.commands import (
+    F32,
+    U32,
+    LostUnits,
+    Residency,
+    Staged,
+    StagedSite,
+    StageTarget,
+    Timing,
+)
 from host_client.driver.errors import CommandFailed
 
 NAMESPACE = 1
@@ -64,6 +73,19 @@ def get_log_page(log_id: int) -> Command:
     return _admin(f"Get Log Page {log_id:02X}h", AdminOpcode.GET_LOG_PAGE, get_log_page=body)
 
 
+def set_faults(change: Mapping[str, Any]) -> Command:
+    """`change`: {"name": ..., "settings": {...} or None: off}; empty: all faults off."""
+    data = json.dumps(change).encode()
+    body = pb.Features(feature_id=Feature.FAULT_INJECTION, data=data)
+    what = f"Set Features: fault {change.get('name', 'injection')}"
+    return _admin(what, AdminOpcode.SET_FEATURES, features=body)
+
+
+def get_faults() -> Command:
+    body = pb.Features(feature_id=Feature.FAULT_INJECTION)
+    return _admin("Get Features: fault injection", AdminOpcode.GET_FEATURES, features=body)
+
+
 def abort(cid: int) -> Command:
     return _admin(f"Abort of CID {cid}", AdminOpcode.ABORT, abort=pb.Abort(cid=cid))
 
@@ -111,6 +133,13 @@ def deallocate(slba: int, blocks: int) -> Command:
     body = pb.DatasetManagement(ranges=[pb.BlockRange(slba=slba, blocks=blocks)])
     what = f"deallocation of {blocks} blocks at block {slba}"
     return _nvm(what, NvmOpcode.DATASET_MANAGEMENT, dataset_management=body)
+
+
+def copy(from_slba: int, to_slba: int, blocks: int) -> Command:
+    source = pb.BlockRange(slba=from_slba, blocks=blocks)
+    body = pb.Copy(dst_slba=to_slba, sources=[source])
+    what = f"Copy of {blocks} blocks from block {from_slba} to {to_slba}"
+    return _nvm(what, NvmOpcode.COPY, copy=body)
 
 
 # ---- compute and staging ---------------------------------------------------------------------
@@ -173,14 +202,25 @@ def _rows(values: F32) -> int:
 
 
 def _target(target: StageTarget) -> pb.StageTarget:
-    entry = pb.StageTarget(site=target.site, ignore_residency=target.ignore_residency)
+    entry = pb.StageTarget(
+        site=target.site,
+        ignore_residency=target.ignore_residency,
+        copy=target.copy,
+        elsewhere=[
+            pb.Elsewhere(copy=copy, units=_unit_bytes(units)) for copy, units in target.elsewhere
+        ],
+    )
     if target.units is not None:
-        entry.units = np.ascontiguousarray(target.units, np.dtype("<u4")).tobytes()
+        entry.units = _unit_bytes(target.units)
     elif target.keep is not None:
         entry.keep = target.keep
     else:
         entry.all = True
     return entry
+
+
+def _unit_bytes(units: U32) -> bytes:
+    return np.ascontiguousarray(units, np.dtype("<u4")).tobytes()
 
 
 def _held(site: int, held: Residency) -> pb.HostResidency.Held:
@@ -200,7 +240,10 @@ def failure(what: str, completion: pb.CompletionEntry) -> CommandFailed | None:
     status = completion.status
     if status.sct == 0 and status.sc == 0:
         return None
-    return CommandFailed(what, status.sct, status.sc, status.detail, not status.dnr)
+    lost = tuple(
+        LostUnits(part.site, part.copy, _units(part.units)) for part in completion.media_error.lost
+    )
+    return CommandFailed(what, status.sct, status.sc, status.detail, not status.dnr, lost)
 
 
 def nothing(_: pb.CompletionEntry) -> None:
@@ -241,6 +284,7 @@ def _staged_site(site: pb.StagedSite) -> StagedSite:
         ready_ns=site.ready_ns,
         units_from_dram=site.units_from_dram,
         nand_page_reads=site.nand_page_reads,
+        units_from_copies=site.units_from_copies,
     )
 
 

@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from csd_protocol.csd.v1 import csd_pb2 as pb
+from csd_protocol.status import Status, lookup
 from host_client.driver import entries
 from host_client.driver.entries import Command
 from host_client.driver.errors import DriveError, DriveLost, DriveTimeout, QueueFull
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 _RETRIES_MAX = 4
 _RETRY_FIRST_S = 0.002  # doubles with each attempt
+_RETRY_LONGEST_S = 0.25
+_WINDOW_RETRIES_MAX = 120  # some 30 s: a window that went away is waited for
 _CLOSED = "closed by this host"
 _NO_MORE = -1  # in the queue of free CIDs: the queue pair has ended
 
@@ -219,7 +222,7 @@ class QueuePair:
 
     def _retry(self, pending: PendingCommand[Any]) -> None:
         """Sends it again after a while; meanwhile it has no CID."""
-        delay_s = _RETRY_FIRST_S * 2 ** (pending.attempts - 1)
+        delay_s = min(_RETRY_FIRST_S * 2 ** (pending.attempts - 1), _RETRY_LONGEST_S)
         pending.attempts += 1
         timer = threading.Timer(delay_s, self._resubmit, [pending])
         timer.daemon = True
@@ -259,6 +262,9 @@ def _connect_result(completion: pb.CompletionEntry) -> pb.ConnectResult:
 
 
 def _may_retry(pending: PendingCommand[Any], completion: pb.CompletionEntry) -> bool:
-    if completion.status.dnr or pending.abandoned or pending.attempts > _RETRIES_MAX:
+    status = completion.status
+    is_window = lookup(status.sct, status.sc) is Status.WINDOW_UNAVAILABLE
+    attempts_max = _WINDOW_RETRIES_MAX if is_window else _RETRIES_MAX
+    if status.dnr or pending.abandoned or pending.attempts > attempts_max:
         return False
-    return bool(completion.status.sct or completion.status.sc)
+    return bool(status.sct or status.sc)

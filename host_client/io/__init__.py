@@ -6,10 +6,12 @@ from host_client.io.errors import (
     ReaderError,
     ReaderUnavailable,
     ReadFailed,
+    WindowLost,
     WindowMissing,
 )
 from host_client.io.opening import open_reader
 from host_client.io.reader import Extent, Reader, Ticket
+from host_client.io.window_reader import WindowReader
 
 __all__ = [
     "Buffer",
@@ -20,6 +22,8 @@ __all__ = [
     "ReaderError",
     "ReaderUnavailable",
     "Ticket",
+    "WindowLost",
     "WindowMissing",
+    "WindowReader",
     "open_reader",
 ]

@@ -41,5 +41,16 @@ class WindowMissing(ReaderError):
         )
 
 
+class WindowLost(ReaderError):
+    """The window's file went away, and what was staged in it: stage again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(
+            f"the drive's window {path} went away, and what was staged in it. "
+            "It has to be staged again when the drive has a window again"
+        )
+
+
 class ReaderUnavailable(ReaderError):
     """The kind of reader that was asked for cannot work here; the message says why."""

@@ -89,15 +89,18 @@ def read_frequencies(storage: BlockStorage, model: PackedModel) -> U32 | None:
     return np.frombuffer(data, "<u4").reshape(_frequencies_shape(model))
 
 
-def read_crc_table(storage: BlockStorage, model: PackedModel) -> U32:
+def read_crc_table(storage: BlockStorage, model: PackedModel, copy: int = 0) -> U32:
     """The CRC32C of each unit, sites in order [unit_count]. Raises DamagedRecord."""
-    data = read_record(storage, model.crc_table, f"CRC table of {model.name}")
+    data = read_record(storage, model.table_of(copy), f"CRC table of {model.name}")
     return np.frombuffer(data, "<u4")
 
 
-def read_units(storage: BlockStorage, site: Site, start: int, stop: int) -> U16:
-    """Units [start, stop) of a site by plain reads, [stop - start, rows, cols], 16-bit patterns."""
-    offset = site.offset_bytes + start * site.unit_bytes
+def read_units(storage: BlockStorage, site: Site, start: int, stop: int, at: int = 0) -> U16:
+    """Units [start, stop) of a site by plain reads, [stop - start, rows, cols], 16-bit patterns.
+
+    `at` is where unit 0 lies, when not in the first copy (`PackedModel.place_of`).
+    """
+    offset = (at or site.offset_bytes) + start * site.unit_bytes
     data = _read_range(storage, offset, (stop - start) * site.unit_bytes)
     return np.frombuffer(data, "<u2").reshape(stop - start, site.rows, site.cols)
 

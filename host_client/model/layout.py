@@ -78,7 +78,10 @@ def place(model: PackedModel, shapes: Sequence[SiteShape], offset_bytes: int) ->
             "crc_table": Extent(offset_bytes=table_start, length_bytes=table_bytes),
         }
     )
-    end = align_up(sites[-1].offset_bytes + sites[-1].length_bytes, MODEL_ALIGN_BYTES)
+    once = sites[-1].offset_bytes + sites[-1].length_bytes
+    stride = align_up(once - table_start, MODEL_ALIGN_BYTES) if model.copies > 1 else 0
+    placed = placed.model_copy(update={"copy_stride_bytes": stride})
+    end = align_up(once + (model.copies - 1) * stride, MODEL_ALIGN_BYTES)
     extent = Extent(offset_bytes=offset_bytes, length_bytes=end - offset_bytes)
     return Layout(placed, extent, progress, _slots(placed, extent, progress))
 
@@ -113,6 +116,7 @@ def _manifest_slot_bytes(model: PackedModel, shapes: Sequence[SiteShape]) -> int
             "crc_table": longest,
             "frequencies": longest,
             "frequency_tokens": _TOKENS_MAX,
+            "copy_stride_bytes": _OFFSET_MAX,
         }
     )
     return align_up(len(encode_manifest(draft)), BLOCK_BYTES)

@@ -3,6 +3,8 @@
 In memory at any time: two chunks, the CRC table, and, for pieces that are columns of a tensor, that
 one tensor at 16 bits. One thread writes a chunk while the next is put together.
 
+Further copies are made by the drive itself, out of the first, when all of that is written.
+
 A pack that was interrupted goes on after the last site that its progress record covers. That record
 is written only after a flush, so it never speaks of units that the drive could still lose.
 """
@@ -24,6 +26,7 @@ import torch
 from csd_protocol.crc32c import crc32c, crc32c_units
 from csd_protocol.packed import (
     BLOCK_BYTES,
+    COPIES_MAX,
     FORMAT_VERSION,
     VALUE_BYTES,
     Directory,
@@ -31,9 +34,11 @@ from csd_protocol.packed import (
     Extent,
     PackedModel,
     Site,
+    align_up,
     decode_progress,
     encode_manifest,
     encode_progress,
+    manifest_version,
 )
 from csd_protocol.packed import Progress as ProgressRecord
 from host_client.model.catalog import (
@@ -71,19 +76,23 @@ def pack(
     progress: Progress | None = None,
     *,
     dtype: Dtype | None = None,
+    copies: int = 1,
     replace: bool = False,
     save_every_bytes: int = SAVE_EVERY_BYTES,
 ) -> PackedModel:
     """Packs a checkpoint under `name`, or what is left of it, and returns its manifest.
 
-    `dtype` is the checkpoint's own 16-bit type unless given. With `replace`, another model of that
-    name goes first. Raises a ModelError; DriveTooSmall and all that is wrong with the checkpoint's
-    names and shapes before anything is written.
+    `dtype` is the checkpoint's own 16-bit type unless given; `copies` is how often every unit lies
+    on the drive, 1 to COPIES_MAX. With `replace`, another model of that name goes first. Raises a
+    ModelError; DriveTooSmall and all that is wrong with the checkpoint's names and shapes before
+    anything is written.
     """
+    if not 1 <= copies <= COPIES_MAX:
+        raise UnsupportedModel(f"{copies} copies; a model has 1 to {COPIES_MAX}")
     if BLOCK_BYTES % storage.block_bytes:
         raise UnsupportedModel(f"the drive has blocks of {storage.block_bytes}, not {BLOCK_BYTES}")
     shapes = family_sites(checkpoint)
-    draft = _draft(checkpoint, name, dtype or checkpoint.dtype)
+    draft = _draft(checkpoint, name, dtype or checkpoint.dtype, copies)
     entry = read_directory(storage).find(name)
     if entry is not None and entry.fingerprint != draft.fingerprint:
         _give_way(storage, entry, checkpoint, replace)
@@ -105,7 +114,7 @@ class _Job:
     storage: BlockStorage
     shapes: tuple[SiteShape, ...]
     layout: Layout
-    first_site: int  # sites before it are on the drive
+    first_step: int  # as in a progress record: what comes before it is on the drive
     checksums: U32  # [units]
 
     @property
@@ -113,24 +122,27 @@ class _Job:
         return self.layout.model
 
 
-def _draft(checkpoint: Checkpoint, name: str, dtype: Dtype) -> PackedModel:
+def _draft(checkpoint: Checkpoint, name: str, dtype: Dtype, copies: int) -> PackedModel:
     """The manifest as far as it does not depend on the drive."""
     return PackedModel(
+        format_version=manifest_version(copies),
         name=name,
         family=checkpoint.config["model_type"],
         config=checkpoint.config,
         dtype=dtype,
         source=checkpoint.source,
-        fingerprint=_fingerprint(checkpoint, dtype),
+        fingerprint=_fingerprint(checkpoint, dtype, copies),
         sites=(),
         crc_table=Extent(offset_bytes=0, length_bytes=0),
+        copies=copies,
     )
 
 
-def _fingerprint(checkpoint: Checkpoint, dtype: Dtype) -> str:
+def _fingerprint(checkpoint: Checkpoint, dtype: Dtype, copies: int) -> str:
     """Of everything that decides the packed bytes; equal for a copy of the same files."""
     config = json.dumps(checkpoint.config, sort_keys=True)
     text = f"{FORMAT_VERSION} {dtype} {checkpoint.digest()} {config}"
+    text += f" {copies} copies" if copies > 1 else ""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -139,8 +151,9 @@ def _give_way(
 ) -> None:
     if not replace:
         raise DifferentModel(
-            f"{entry.name} on the drive ({entry.state}) was packed from other files, or as another "
-            f"type, than {checkpoint.source}. Choose another name, or replace it"
+            f"{entry.name} on the drive ({entry.state}) was packed from other files, as another "
+            f"type or in another number of copies, than {checkpoint.source} now. Choose another "
+            f"name, or replace it"
         )
     remove_model(storage, entry.name)
 
@@ -152,7 +165,8 @@ def _begin(storage: BlockStorage, draft: PackedModel, shapes: tuple[SiteShape, .
     """Takes an extent and enters the model as being packed."""
     directory = read_directory(storage)
     length = extent_bytes(draft, shapes)
-    offset = find_free(directory, storage.capacity_bytes, length, draft.name)
+    what = draft.name if draft.copies == 1 else f"{draft.name} in {draft.copies} copies"
+    offset = find_free(directory, storage.capacity_bytes, length, what)
     layout = place(draft, shapes, offset)
     manifest = write_record(storage, layout.slots.manifests[0], encode_manifest(layout.model))
     job = _Job(storage, shapes, layout, 0, np.zeros(layout.model.unit_count, np.uint32))
@@ -189,13 +203,15 @@ def _resume(
     table = layout.model.crc_table
     padded = len(pad(bytes(table.length_bytes)))
     data = storage.read(table.offset_bytes, padded)[: table.length_bytes]
-    done = sum(site.count for site in layout.model.sites[: record.next_site])
+    done = sum(site.count for site in layout.model.sites[: record.next_site])  # all, in a copy
     checksums[:done] = np.frombuffer(data, "<u4")[:done]
     return _Job(storage, shapes, layout, record.next_site, checksums)
 
 
 def _finish(job: _Job) -> PackedModel:
     table = job.checksums.astype("<u4").tobytes()
+    for copy in range(1, job.model.copies):
+        job.storage.write(job.model.table_of(copy).offset_bytes, pad(table))
     extent = job.model.crc_table.model_copy(update={"crc32c": crc32c(table)})
     model = job.model.model_copy(update={"crc_table": extent})
     directory = read_directory(job.storage)
@@ -206,17 +222,17 @@ def _finish(job: _Job) -> PackedModel:
     return model
 
 
-def _save(job: _Job, next_site: int) -> None:
-    """Makes all sites before `next_site` durable, and says so on the drive."""
+def _save(job: _Job, next_step: int) -> None:
+    """Makes all steps before `next_step` durable, and says so on the drive."""
     table = job.checksums.astype("<u4").tobytes()
     job.storage.write(job.model.crc_table.offset_bytes, pad(table))
     job.storage.flush()
-    _write_progress(job, next_site)
+    _write_progress(job, next_step)
     job.storage.flush()
 
 
-def _write_progress(job: _Job, next_site: int) -> None:
-    record = ProgressRecord(fingerprint=job.model.fingerprint, next_site=next_site)
+def _write_progress(job: _Job, next_step: int) -> None:
+    record = ProgressRecord(fingerprint=job.model.fingerprint, next_site=next_step)
     job.storage.write(job.layout.progress.offset_bytes, encode_progress(record))
 
 
@@ -272,18 +288,23 @@ class _WriteBehind:
 def _write_sites(
     job: _Job, checkpoint: Checkpoint, progress: Progress, save_every_bytes: int
 ) -> None:
-    sites = job.model.sites
-    total = job.model.weights_bytes
-    done = saved = sum(site.length_bytes for site in sites[: job.first_site])
+    steps = job.model.sites * job.model.copies
+    total = job.model.weights_bytes * job.model.copies
+    done = saved = sum(site.length_bytes for site in steps[: job.first_step])
     progress(done, total, job.model.name)
     with _WriteBehind(job.storage) as writer:
-        for site in sites[job.first_site :]:
-            for written in _write_site(job, checkpoint, site, writer):
+        for step in range(job.first_step, len(steps)):
+            site, copy = steps[step], step // len(job.model.sites)
+            if copy == 0:
+                parts = _write_site(job, checkpoint, site, writer)
+            else:
+                parts = _copy_site(job, site, copy)
+            for written in parts:
                 done += written
                 progress(done, total, site.name)
-            if done - saved >= save_every_bytes or site is sites[-1]:
+            if done - saved >= save_every_bytes or site is job.model.sites[-1]:
                 writer.drain()
-                _save(job, site.site + 1)
+                _save(job, step + 1)
                 saved = done
 
 
@@ -300,6 +321,15 @@ def _write_site(
         offset += rows.size
         first_crc += rows.shape[0]
         yield rows.size
+
+
+def _copy_site(job: _Job, site: Site, copy: int) -> Iterator[int]:
+    """Has the drive copy a site's blocks from the first copy; yields the bytes of each chunk."""
+    length = align_up(site.length_bytes, BLOCK_BYTES)
+    source, target = job.model.place_of(site), job.model.place_of(site, copy)
+    for start in range(0, length, CHUNK_BYTES):
+        job.storage.copy(source + start, target + start, min(CHUNK_BYTES, length - start))
+        yield min(start + CHUNK_BYTES, site.length_bytes) - start
 
 
 def _whole_blocks(rows: U8) -> memoryview:

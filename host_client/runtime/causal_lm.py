@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from csd_protocol.packed import PackedModel
 from host_client.driver import Drive
-from host_client.io import Buffer, Reader, open_reader
+from host_client.io import Buffer, WindowReader, open_reader
 from host_client.io.opening import Kind as ReaderKind
-from host_client.model.catalog import open_model, read_crc_table, read_frequencies
-from host_client.model.source import resolve_source
+from host_client.model.catalog import open_model, read_frequencies
+from host_client.model.source import name_on_drive
 from host_client.runtime.attach import attach, skeleton
 from host_client.runtime.audit import Auditor
 from host_client.runtime.checksums import Checksums
+from host_client.runtime.copies import Copies, read_checksums
 from host_client.runtime.engine import Engine, Guidance
 from host_client.runtime.fetch import Fetcher
 from host_client.runtime.layers import StagedFfn
@@ -46,7 +47,8 @@ class CsdRuntime:
     plan: Plan
     engine: Engine
     tally: Tally
-    reader: Reader
+    copies: Copies
+    reader: WindowReader
     weights_bytes: int  # host memory that was allocated for units and staging buffers
     predictor: str | None  # kind of the program that guides, None at exact quality
     owned: ExitStack = field(default_factory=ExitStack)
@@ -118,12 +120,6 @@ def runtime_of(model: PreTrainedModel) -> CsdRuntime:
     return cast(CsdRuntime, model.csd)
 
 
-def name_on_drive(model: str | Path) -> str:
-    """What a model is called on a drive: its source's name, or `model` when it is no source."""
-    looks_like_path = "/" in str(model) or Path(model).exists()
-    return resolve_source(model).name if looks_like_path else str(model)
-
-
 def _open_drive(drive: Drive | str | None, undo: ExitStack) -> Drive:
     if isinstance(drive, Drive):
         return drive
@@ -145,13 +141,15 @@ def _start(
     guidance, predictor = _guidance(drive, packed, settings.quality, settings.lookahead)
     tally = Tally()
     readers = [
-        undo.enter_context(open_reader(drive.window_path, settings.reader)) for _ in range(2)
+        undo.enter_context(WindowReader(lambda: open_reader(drive.window_path, settings.reader)))
+        for _ in range(2)
     ]
-    checksums = Checksums(packed, read_crc_table(drive, packed))
-    fetcher = Fetcher(drive, model_id, readers[0], checksums, tally)
+    checksums = Checksums(packed, read_checksums(drive, packed))
+    copies = Copies(drive, model_id, packed)
+    fetcher = Fetcher(drive, copies, readers[0], checksums, tally)
     resident = load_resident(packed, plan, fetcher, read_frequencies(drive, packed), progress)
     buffers = [Buffer(plan.buffer_bytes) for _ in range(BUFFERS)]
-    prefetcher = Prefetcher(drive, model_id, readers[1], checksums, resident, buffers, tally)
+    prefetcher = Prefetcher(drive, copies, readers[1], checksums, resident, buffers, tally)
     undo.callback(prefetcher.close)
     engine = Engine(
         drive,
@@ -168,7 +166,7 @@ def _start(
     )
     undo.callback(engine.abandon)
     weights = _allocated(resident, buffers) + plan.fetch_buffer_bytes
-    return CsdRuntime(drive, packed, plan, engine, tally, readers[1], weights, predictor)
+    return CsdRuntime(drive, packed, plan, engine, tally, copies, readers[1], weights, predictor)
 
 
 def _guidance(

@@ -26,6 +26,7 @@ class DriveReport(BaseModel):
     queue_ns: int
     units_staged: int
     units_from_dram: int
+    units_from_copies: int
     commands: int
 
 
@@ -48,6 +49,7 @@ class GenerationReport(BaseModel):
     host_peak_rss_bytes: int
     staged_bytes_per_token: float
     late_units: int
+    recovered_units: int
     host_wait_s: float
     recall: float | None
     reader: str
@@ -138,6 +140,7 @@ def generate(
         host_peak_rss_bytes=peak_rss_bytes(),
         staged_bytes_per_token=decode.staged_bytes / decoded,
         late_units=whole.late_units,
+        recovered_units=runtime.copies.recovered_units,
         host_wait_s=whole.wait_ns / NS_PER_S,
         recall=whole.recall,
         reader=runtime.reader.name,

@@ -17,16 +17,17 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from csd_protocol.packed import Site
-from host_client.driver import Drive, DriveLost, PendingCommand, Staged, StagedSite, StageTarget
-from host_client.io import Buffer, Extent, Reader
+from host_client.driver import Drive, DriveLost, StagedSite, StageTarget
+from host_client.io import Buffer, Extent, WindowLost, WindowReader
 from host_client.runtime.checksums import Checksums
-from host_client.runtime.fetch import STAGE_TIMEOUT_S
+from host_client.runtime.copies import Copies, PendingUnits
+from host_client.runtime.fetch import STAGE_TIMEOUT_S, WINDOW_LOSSES_MAX
 from host_client.runtime.plan import STAGE_ALIGN_BYTES
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
@@ -35,8 +36,6 @@ from host_client.runtime.tally import Tally
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
-
-PendingStage = PendingCommand[Staged]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,7 @@ class Arrival:
 class _Request:
     step: Step
     wanted: tuple[Wanted, ...]  # the step's, less what is resident anyway
+    generation: int  # of the window when it was asked for
     arrived: "queue.SimpleQueue[Arrival | BaseException]"
 
 
@@ -97,7 +97,7 @@ class _Burst:
     """What one command asks for."""
 
     requests: tuple[_Request, ...]
-    pending: PendingStage | None  # None: nothing to ask of the drive
+    pending: PendingUnits | None  # None: nothing to ask of the drive
 
 
 class Prefetcher:
@@ -106,15 +106,15 @@ class Prefetcher:
     def __init__(
         self,
         drive: Drive,
-        model: int,
-        reader: Reader,
+        copies: Copies,
+        reader: WindowReader,
         checksums: Checksums,
         resident: dict[int, ResidentSite],
         buffers: list[Buffer],
         tally: Tally,
     ) -> None:
         self._drive = drive
-        self._model = model
+        self._copies = copies
         self._reader = reader
         self._checksums = checksums
         self._resident = resident
@@ -150,18 +150,18 @@ class Prefetcher:
 
         hidden: float32 [rows, hidden], what the program looks at.
         """
+        generation = self._reader.generation
         requests = tuple(
-            _Request(step, self._lacking(step, keep), queue.SimpleQueue()) for step in steps
+            _Request(step, self._lacking(step, keep), generation, queue.SimpleQueue())
+            for step in steps
         )
         targets = [_target(wanted, keep) for request in requests for wanted in request.wanted]
         release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
-        pending: PendingStage | None = None
+        pending: PendingUnits | None = None
         if targets and keep < 1.0 and hidden is not None:
-            pending = self._drive.predict_and_stage(
-                self._model, program, token, hidden, targets, release
-            )
+            pending = self._copies.predict_and_stage(program, token, hidden, targets, release)
         elif targets:
-            pending = self._drive.stage(self._model, targets, release)
+            pending = self._copies.stage(targets, release)
         self._outstanding.extend(requests)
         self._bursts.put(_Burst(requests, pending))
 
@@ -239,26 +239,59 @@ class Prefetcher:
     def _read(
         self, request: _Request, staged: list[StagedSite], buffer: Buffer, arrival: Arrival
     ) -> None:
-        offsets, extents, end = [], [], 0
+        offsets, end = [], 0
         for site in staged:
             offsets.append(end)
-            if site.length_bytes:
-                extents.append(Extent(site.window_offset, site.length_bytes, buffer, end))
             end += -(-site.length_bytes // STAGE_ALIGN_BYTES) * STAGE_ALIGN_BYTES
         if end > self._buffer_bytes:
             raise WindowTooSmall(
                 f"step {request.step.number} needs {end} bytes; a staging buffer has "
                 f"{self._buffer_bytes}"
             )
-        self._reader.read(extents)
+        self._read_window(request, staged, buffer, offsets)
         for wanted, site, offset in zip(request.wanted, staged, offsets, strict=True):
             arrival.blocks[site.site] = self._block(wanted, site, buffer, offset)
 
+    def _read_window(
+        self, request: _Request, staged: list[StagedSite], buffer: Buffer, offsets: list[int]
+    ) -> None:
+        """Reads what was staged; stages again what a window that went away took with it."""
+        generation = request.generation
+        for losses_left in reversed(range(WINDOW_LOSSES_MAX)):
+            extents = [
+                Extent(site.window_offset, site.length_bytes, buffer, offset)
+                for site, offset in zip(staged, offsets, strict=True)
+                if site.length_bytes
+            ]
+            try:
+                return self._reader.read(extents, generation)
+            except WindowLost:
+                if not losses_left:
+                    raise
+            generation = self._reader.generation
+            self._stage_again(staged)
+        return None
+
+    def _stage_again(self, staged: list[StagedSite]) -> None:
+        """Puts the same units of each site into the window of now; `staged` then says where."""
+        targets = [
+            StageTarget(site=site.site, units=self._units_of(site), ignore_residency=True)
+            for site in staged
+        ]
+        again = self._copies.stage(targets).result(STAGE_TIMEOUT_S)
+        self._tally.add_staged(again)
+        self._read_leases.extend(site.lease for site in staged if site.lease)
+        staged[:] = [
+            replace(site, window_offset=new.window_offset, lease=new.lease)
+            for site, new in zip(staged, again.sites, strict=True)
+        ]
+
+    def _units_of(self, staged: StagedSite) -> U32:
+        return self._resident[staged.site].missing if staged.units is None else staged.units
+
     def _block(self, wanted: Wanted, staged: StagedSite, buffer: Buffer, offset: int) -> Block:
         site = wanted.site
-        units = staged.units
-        if units is None:
-            units = self._resident[site.site].missing
+        units = self._units_of(staged)
         values = buffer.array[offset : offset + staged.length_bytes]
         values = values.reshape(units.size, site.unit_bytes)
         self._checksums.verify(site, units, values)

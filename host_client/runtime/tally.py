@@ -14,6 +14,7 @@ class Tally:
     units_from_dram: int = 0
     staged_bytes: int = 0
     nand_page_reads: int = 0
+    units_from_copies: int = 0  # read from another copy than the first
     queue_ns: int = 0
     program_ns: int = 0
     nand_ns: int = 0
@@ -32,6 +33,7 @@ class Tally:
             self.units_from_dram += site.units_from_dram
             self.staged_bytes += site.length_bytes
             self.nand_page_reads += site.nand_page_reads
+            self.units_from_copies += site.units_from_copies
             if site.predicted is not None:
                 self.predicted_units += int(site.predicted.size)
         timing = staged.timing

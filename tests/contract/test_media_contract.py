@@ -3,13 +3,19 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from csd_device.config import load_config
 from csd_device.errors import DriveRefused, WriteFault
+from csd_device.fault_config import FaultsConfig
 from csd_device.nand import FileMedia, Media, Pieces, RamMedia
-from csd_device.nand.media import U8
+from csd_device.nand.faults import NO_SECTORS, FaultCounters, Surroundings, faulty
+from csd_device.nand.faults.power_loss import PowerLoss, PowerSupply
+from csd_device.nand.media import U8, Retries
+from csd_device.nand.superblocks import Superblocks
 
 SIZE = 1 << 20
 
@@ -24,8 +30,8 @@ class Passing:
     def size_bytes(self) -> int:
         return self._inner.size_bytes
 
-    def gather(self, pieces: Pieces, out: U8) -> None:
-        self._inner.gather(pieces, out)
+    def gather(self, pieces: Pieces, out: U8) -> Retries | None:
+        return self._inner.gather(pieces, out)
 
     def write(self, start: int, data: U8) -> None:
         self._inner.write(start, data)
@@ -40,10 +46,39 @@ class Passing:
         self._inner.close()
 
 
+def behind(faults: dict[str, Any]) -> Callable[[Path], Media]:
+    """Media whose faults are on, at rates that lose nothing."""
+
+    def make(_: Path) -> Media:
+        config = load_config("tiny")
+        superblocks = Superblocks(config.geometry.blocks_per_plane)
+        around = Surroundings(config, superblocks, lambda: 0, FaultCounters())
+        return faulty(RamMedia(SIZE), FaultsConfig.model_validate(faults), around, NO_SECTORS)
+
+    return make
+
+
 MAKERS: dict[str, Callable[[Path], Media]] = {
     "ram": lambda folder: RamMedia(SIZE),
     "file": lambda folder: FileMedia(folder / "nand.img", SIZE),
     "decorated": lambda folder: Passing(RamMedia(SIZE)),
+    "no bit errors": behind({"bit_errors": {"rate": 0.0}}),
+    "bit errors": behind({"bit_errors": {"rate": 7e-3}}),
+    "read retries": behind({"bit_errors": {"rate": 1.2e-2}}),
+    "other sectors unreadable": behind({"unreadable": {"psas": [[256, 1]]}}),
+    "other programs fail": behind({"program_failures": {"superblocks": [1]}}),
+    "other erases fail": behind({"erase_failures": {"superblocks": [1]}}),
+    "all faults": behind(
+        {
+            "bit_errors": {"rate": 1.2e-2},
+            "unreadable": {"psas": [[256, 1]]},
+            "program_failures": {"superblocks": [1]},
+            "erase_failures": {"superblocks": [1]},
+        }
+    ),
+    "on a power supply": lambda folder: PowerLoss(
+        RamMedia(SIZE), PowerSupply(np.random.default_rng(0))
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 import torch
 
 MODEL = "smollm2-135m"
@@ -100,6 +101,30 @@ def copy_media(source: Path, target: Path) -> Path:
     """A copy that stays sparse: the image is as long as the drive's flash is large."""
     subprocess.run(["cp", "-r", "--sparse=always", str(source), str(target)], check=True)
     return target
+
+
+def flip_bit(image: Path, data: bytes) -> None:
+    """In the only place of a sparse file where the first block's worth of `data` lies."""
+    place, held, chunk_bytes = 0, image.open("r+b"), 64 << 20
+    with held as file:
+        while chunk := data_at(file.fileno(), place, chunk_bytes):
+            start, read = chunk
+            found = read.find(data[:1024])
+            if found >= 0:
+                file.seek(start + found)
+                file.write(bytes([data[0] ^ 1]))
+                return
+            place = start + max(1, len(read) - len(data))
+    pytest.fail("the unit is nowhere on the flash")
+
+
+def data_at(descriptor: int, place: int, length: int) -> tuple[int, bytes] | None:
+    """The next data of a sparse file: where it starts, and at most `length` bytes of it."""
+    try:
+        start = os.lseek(descriptor, place, os.SEEK_DATA)
+    except OSError:  # ENXIO: nothing but a hole up to the end
+        return None
+    return start, os.pread(descriptor, length, start)
 
 
 # ---- the command line ------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What cannot work is refused through the command line: a clear message and its exit status."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,7 +9,16 @@ from pathlib import Path
 
 import grpc
 import pytest
-from real_model import BUDGET, DEADLINE_S, MODEL, SCRIPTS, CommandLine, Device, Reference
+from real_model import (
+    BUDGET,
+    DEADLINE_S,
+    MODEL,
+    SCRIPTS,
+    CommandLine,
+    Device,
+    Reference,
+    flip_bit,
+)
 
 from csd_protocol.csd.v1.csd_pb2_grpc import ControllerStub
 from csd_protocol.packed import Role
@@ -19,7 +27,7 @@ from host_client.driver import CommandFailed, Drive, StageTarget, entries
 from host_client.model.catalog import open_model
 from host_client.model.source import Source
 
-USAGE, MODEL_REFUSED, DRIVE_REFUSED, REQUEST_REFUSED = 2, 3, 4, 5
+USAGE, MODEL_REFUSED, DRIVE_REFUSED, REQUEST_REFUSED, DAMAGED = 2, 3, 4, 5, 6
 ASK = ("generate", MODEL, "--prompt", "The capital of France is", "--raw", "--max-new-tokens", "2")
 
 
@@ -260,34 +268,12 @@ def test_unit_whose_crc_does_not_match(csd: CommandLine, own_device: Device) -> 
         assert (no.value.sct, no.value.sc) == (0x2, 0x82)
     for quality in ("exact", "0.9"):
         run = csd(*ASK, "--dram", BUDGET, "--quality", quality, drive=own_device)
-        message = run.refused(DRIVE_REFUSED)
-        assert site.name in message
-        assert str(unit) in message
+        message = run.refused(DAMAGED)
+        assert (
+            f"{MODEL} has lost unit {unit} of {site.name}: unreadable in its only copy" in message
+        )
+        assert "--replace --copies 2" in message
     assert str(unit) in csd("log", "error", "--json", drive=own_device).stdout
-
-
-def flip_bit(image: Path, data: bytes) -> None:
-    """In the only place of a sparse file where the first block's worth of `data` lies."""
-    place, held, chunk_bytes = 0, image.open("r+b"), 64 << 20
-    with held as file:
-        while chunk := data_at(file.fileno(), place, chunk_bytes):
-            start, read = chunk
-            found = read.find(data[:1024])
-            if found >= 0:
-                file.seek(start + found)
-                file.write(bytes([data[0] ^ 1]))
-                return
-            place = start + max(1, len(read) - len(data))
-    pytest.fail("the unit is nowhere on the flash")
-
-
-def data_at(descriptor: int, place: int, length: int) -> tuple[int, bytes] | None:
-    """The next data of a sparse file: where it starts, and at most `length` bytes of it."""
-    try:
-        start = os.lseek(descriptor, place, os.SEEK_DATA)
-    except OSError:  # ENXIO: nothing but a hole up to the end
-        return None
-    return start, os.pread(descriptor, length, start)
 
 
 def test_not_a_program(csd: CommandLine, device: Device, tmp_path: Path) -> None:

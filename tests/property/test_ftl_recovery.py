@@ -17,6 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from csd_device.config import DriveConfig, load_config
 from csd_device.errors import CapacityExceeded
 from csd_device.ftl import Ftl, journal, translation
+from csd_device.ftl.changes import Changes
+from csd_device.ftl.checkpoint import Progress
 from csd_device.ftl.folder import MediaFolder
 from csd_device.nand import FileMedia
 from csd_device.nand.media import U8
@@ -308,9 +310,9 @@ def _open_on(path: Path, supply: _Supply) -> Ftl:
     ftl = Ftl(media, CONFIG, folder)
     append = ftl._journal.append
 
-    def cut_append(entries: list[journal.Entry]) -> None:
+    def cut_append(changes: Changes, progress: Progress) -> None:
         supply.step()
-        append(entries)
+        append(changes, progress)
         supply.step()
 
     ftl._journal.append = cut_append

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from csd_protocol.packed import (
     BLOCK_BYTES,
+    COPIES_MAX,
     Directory,
     DirectoryEntry,
     Extent,
@@ -26,6 +27,7 @@ from csd_protocol.packed import (
     encode_directory,
     encode_manifest,
     encode_progress,
+    manifest_version,
 )
 
 offsets = st.integers(0, 1 << 50)
@@ -74,7 +76,12 @@ def manifests(draw: st.DrawFn) -> PackedModel:
             )
         )
     table = Extent(offset_bytes=0, length_bytes=4 * sum(site.count for site in sites))
+    copies = draw(st.integers(1, COPIES_MAX))
+    end = max(site.offset_bytes + site.length_bytes for site in sites)
     return PackedModel(
+        format_version=manifest_version(copies),
+        copies=copies,
+        copy_stride_bytes=align_up(end, BLOCK_BYTES) if copies > 1 else 0,
         name=draw(st.text(max_size=20)),
         family="llama",
         config=draw(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5))),
@@ -175,6 +182,28 @@ def test_sites_that_do_not_add_up_are_refused(model: PackedModel, data: st.DataO
     sites[index] = site.model_copy(update=change)
     with pytest.raises(FormatError, match="manifest of"):
         decode_manifest(encode_manifest(model.model_copy(update={"sites": tuple(sites)})))
+
+
+@given(manifests().filter(lambda model: model.copies > 1))
+def test_copies_that_lie_over_each_other_are_refused(model: PackedModel) -> None:
+    for stride in (0, BLOCK_BYTES, model.copy_stride_bytes - BLOCK_BYTES):
+        end = max(site.offset_bytes + site.length_bytes for site in model.sites)
+        if stride < end:
+            changed = model.model_copy(update={"copy_stride_bytes": stride})
+            with pytest.raises(FormatError, match=r"copies, \d+ bytes apart, lie over each other"):
+                decode_manifest(encode_manifest(changed))
+
+
+@given(manifests())
+def test_only_a_manifest_with_copies_has_the_later_version(model: PackedModel) -> None:
+    data = bytearray(encode_manifest(model))
+    assert data[8] == (1 if model.copies == 1 else 2)
+    data[8] ^= 3
+    with pytest.raises(FormatError, match=r"do not go with format version"):
+        decode_manifest(bytes(data))
+    data[8] = 3
+    with pytest.raises(FormatError, match=r"version 3; this version reads 1 and 2\. Pack again"):
+        decode_manifest(bytes(data))
 
 
 def test_another_format_version_says_so() -> None:

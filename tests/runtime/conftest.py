@@ -127,12 +127,13 @@ class Lab:
     link: InProcessLink
     drive: Drive
     image: Path  # the NAND's bytes
+    copies: int = 1  # in which models are packed
     opened: list[PreTrainedModel] = field(default_factory=list)
 
     def packed(self, name: str) -> tuple[int, PackedModel]:
         if name not in self._names():
             with SafetensorsFolder(self.zoo.folder(name)) as checkpoint:
-                pack(checkpoint, self.drive, name)
+                pack(checkpoint, self.drive, name, copies=self.copies)
         return open_model(self.drive, name)
 
     def open(self, name: str, dram: str | int = AMPLE_BYTES, *args: Any, **settings: Any) -> Any:
@@ -213,10 +214,11 @@ def make_lab(zoo: Zoo, tmp_path: Path) -> Iterator[MakeLab]:
     """Drives of a test's own: for damage, and for other sizes."""
     made: list[Lab] = []
 
-    def make(window_bytes: int = 4 * MIB, unit_cache_bytes: int = 0) -> Lab:
+    def make(window_bytes: int = 4 * MIB, unit_cache_bytes: int = 0, copies: int = 1) -> Lab:
         folder = tmp_path / f"lab-{len(made)}"
         folder.mkdir()
         made.append(open_lab(zoo, folder, window_bytes, unit_cache_bytes))
+        made[-1].copies = copies
         return made[-1]
 
     yield make

@@ -15,15 +15,15 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from csd_protocol.packed import Role, Site
-from csd_protocol.status import Status
 from csd_protocol.units import KIB
-from host_client.driver import CommandFailed, Drive, DriveLost
+from host_client.driver import Drive, DriveLost
 from host_client.driver.embedded import Daemon
 from host_client.io import Extent, Reader
 from host_client.model.packer import pack
 from host_client.model.safetensors_folder import SafetensorsFolder
 from host_client.runtime import causal_lm
 from host_client.runtime.checksums import UnitCorrupt
+from host_client.runtime.copies import UnitsLost
 from host_client.runtime.refusals import ContextExceeded, WindowTooSmall
 
 NAME = "tied"
@@ -85,10 +85,7 @@ class DamagingReader:
         self._damage.strike(self.path, extents)
         self._inner.read(extents)
 
-    def __enter__(self) -> "DamagingReader":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         self._inner.close()
 
 
@@ -172,9 +169,11 @@ def test_bytes_changed_in_the_nand_are_the_drives_to_find(
     for _ in range(2):
         model.csd.engine.abandon()  # what was prefetched is staged already
         flip(lab.image, place)
-        with pytest.raises(CommandFailed, match=rf"2/82h.*unit {unit} of {site.name}") as error:
+        with pytest.raises(UnitsLost, match=rf"lost unit {unit} of {site.name}.*2/82h") as error:
             run(lab, model, tokens_of)
-        assert error.value.status is Status.GUARD_CHECK
+        assert {lost.name: units.tolist() for lost, units in error.value.units.items()} == {
+            site.name: [unit]
+        }
         flip(lab.image, place)
         assert agree(lab, model)
     model.csd.engine.abandon()

@@ -50,7 +50,7 @@ def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
         ("channels = 8", "channels = 0", "geometry.channels: .*greater than 0"),
         ("channels = 8", "channel = 8", "geometry.channel: Extra inputs"),
         ('page_bytes = "16 KiB"', "page_bytes = 5000", "page_bytes = 5000 is no multiple"),
-        ("over_provisioning = 0.10", "over_provisioning = 0.001", "two superblocks of 4.0 MiB"),
+        ("over_provisioning = 0.10", "over_provisioning = 0.001", "4 superblocks of 4.0 MiB"),
         ("blocks_per_plane = 288", "blocks_per_plane = 99_999_999", "16 TiB"),
         ('name = "tiny"', "name = tiny", "not TOML"),
         ("blocks_per_plane = 288", "", "either geometry.blocks_per_plane or capacity"),

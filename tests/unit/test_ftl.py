@@ -147,16 +147,23 @@ def test_wholly_invalid_superblocks_are_erased_and_reused(ftl: Ftl) -> None:
     assert counters.erases_max - counters.erases_mean <= 2
 
 
-def test_a_full_drive_says_so_and_keeps_what_it_has(ftl: Ftl) -> None:
+def test_a_full_drive_takes_overwrites_and_keeps_what_it_has(ftl: Ftl) -> None:
     data = _bytes(ftl.capacity_sectors)
     ftl.write(0, data)
-    spare = CONFIG.geometry.raw_sectors - ftl.capacity_sectors
-    for lpn in range(0, 3 * spare, 3):  # leaves no superblock wholly invalid
+    for lpn in range(0, ftl.capacity_sectors, 3):  # leaves no superblock wholly invalid
         sector = _bytes(1, lpn)
         ftl.write(lpn, sector)
         data[lpn * SECTOR : (lpn + 1) * SECTOR] = sector
-    with pytest.raises(CapacityExceeded, match=r"4.0 KiB does not fit: 0 B of 8.0 MiB") as caught:
-        ftl.write(1, _bytes(1))
+    ftl.check()
+    assert ftl.counters().sectors_moved > 0
+    assert (_read(ftl, 0, ftl.capacity_sectors) == data).all()
+
+
+def test_a_write_with_no_room_beside_what_it_replaces_is_refused(ftl: Ftl) -> None:
+    data = _bytes(ftl.capacity_sectors)
+    ftl.write(0, data)
+    with pytest.raises(CapacityExceeded, match=r"7.0 MiB does not fit: .* of 8.0 MiB") as caught:
+        ftl.write(0, _bytes(ftl.capacity_sectors, seed=1))
     assert caught.value.status is Status.CAPACITY_EXCEEDED
     assert (_read(ftl, 0, ftl.capacity_sectors) == data).all()
     ftl.deallocate_all()
@@ -216,7 +223,7 @@ def test_another_format_version_is_refused_naming_both(tmp_path: Path) -> None:
     Ftl.open(tmp_path / "d", CONFIG).close()
     header = tmp_path / "d/header.json"
     header.write_text(json.dumps({**json.loads(header.read_text()), "version": 99}))
-    with pytest.raises(DriveRefused, match="format version 99; this drive has 1"):
+    with pytest.raises(DriveRefused, match=r"version 99; this drive has 2\. Remove .* pack"):
         Ftl.open(tmp_path / "d", CONFIG)
 
 

@@ -92,6 +92,32 @@ def test_a_prediction_arrives_with_its_arrays() -> None:
     assert command.targets[1].units.tolist() == UNITS.tolist()
 
 
+def test_a_target_says_which_copy_its_units_come_from() -> None:
+    target = StageTarget(5, all=True, copy=1, elsewhere=((0, UNITS), (2, UNITS[:1])))
+    command = translate.command_of(entries.stage(9, [target]).entry)
+    assert isinstance(command, fw.Stage)
+    (arrived,) = command.targets
+    assert arrived.copy == 1
+    assert [(part.copy, part.units.tolist()) for part in arrived.elsewhere] == [
+        (0, UNITS.tolist()),
+        (2, UNITS[:1].tolist()),
+    ]
+
+
+def test_what_is_lost_comes_back_with_the_failure() -> None:
+    lost = fw.MediaError((fw.LostUnits(4, 1, UNITS), fw.LostUnits(7, 0, UNITS[:1])))
+    made = fw.Completion(5, Status.UNRECOVERED_READ, fw.Timing(), lost, "gone", True)
+    entry = pb.CompletionEntry.FromString(translate.entry_of(made, 0, 0).SerializeToString())
+    failed = entries.failure("STAGE", entry)
+    assert failed is not None
+    assert failed.is_media_error
+    assert not failed.retryable
+    assert [(part.site, part.copy, part.units.tolist()) for part in failed.lost] == [
+        (4, 1, UNITS.tolist()),
+        (7, 0, UNITS[:1].tolist()),
+    ]
+
+
 def test_one_row_may_come_without_its_dimension() -> None:
     command = translate.command_of(entries.execute_program(1, 2, 3, HIDDEN[0], 0.5).entry)
     assert isinstance(command, fw.ExecuteProgram)

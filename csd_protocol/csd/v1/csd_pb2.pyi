@@ -269,11 +269,12 @@ class CompletionEntry(_message.Message):
     STAGE_FIELD_NUMBER: _builtins.int
     EXECUTE_FIELD_NUMBER: _builtins.int
     ASYNC_EVENT_FIELD_NUMBER: _builtins.int
+    MEDIA_ERROR_FIELD_NUMBER: _builtins.int
     cid: _builtins.int
     sq_head: _builtins.int
     """entries of this queue completed so far, modulo 65536"""
     data: _builtins.bytes
-    """Read, and structures that a log page or Identify returns as JSON"""
+    """Read; what a log page, Identify or feature C0h returns as JSON"""
     dword0: _builtins.int
     """Abort, Get Features, Load Program (program identifier)"""
     @_builtins.property
@@ -288,6 +289,10 @@ class CompletionEntry(_message.Message):
     def execute(self) -> Global___ExecuteResult: ...
     @_builtins.property
     def async_event(self) -> Global___AsyncEventResult: ...
+    @_builtins.property
+    def media_error(self) -> Global___MediaError:
+        """a staging command with status 2/81h or 2/82h"""
+
     def __init__(
         self,
         *,
@@ -301,12 +306,13 @@ class CompletionEntry(_message.Message):
         stage: Global___StageResult | None = ...,
         execute: Global___ExecuteResult | None = ...,
         async_event: Global___AsyncEventResult | None = ...,
+        media_error: Global___MediaError | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["async_event", b"async_event", "connect", b"connect", "data", b"data", "dword0", b"dword0", "execute", b"execute", "result", b"result", "stage", b"stage", "status", b"status", "timing", b"timing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["async_event", b"async_event", "connect", b"connect", "data", b"data", "dword0", b"dword0", "execute", b"execute", "media_error", b"media_error", "result", b"result", "stage", b"stage", "status", b"status", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["async_event", b"async_event", "cid", b"cid", "connect", b"connect", "data", b"data", "dword0", b"dword0", "execute", b"execute", "result", b"result", "sq_head", b"sq_head", "stage", b"stage", "status", b"status", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["async_event", b"async_event", "cid", b"cid", "connect", b"connect", "data", b"data", "dword0", b"dword0", "execute", b"execute", "media_error", b"media_error", "result", b"result", "sq_head", b"sq_head", "stage", b"stage", "status", b"status", "timing", b"timing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["connect", "data", "dword0", "stage", "execute", "async_event"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["connect", "data", "dword0", "stage", "execute", "async_event", "media_error"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
@@ -547,18 +553,22 @@ class Features(_message.Message):
 
     FEATURE_ID_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
     feature_id: _builtins.int
     value: _builtins.int
     """Set Features only"""
+    data: _builtins.bytes
+    """Set Features of C0h: a JSON object, one fault and its settings"""
     def __init__(
         self,
         *,
         feature_id: _builtins.int = ...,
         value: _builtins.int = ...,
+        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_id", b"feature_id", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "feature_id", b"feature_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -925,6 +935,8 @@ class StageTarget(_message.Message):
     UNITS_FIELD_NUMBER: _builtins.int
     ALL_FIELD_NUMBER: _builtins.int
     IGNORE_RESIDENCY_FIELD_NUMBER: _builtins.int
+    COPY_FIELD_NUMBER: _builtins.int
+    ELSEWHERE_FIELD_NUMBER: _builtins.int
     site: _builtins.int
     keep: _builtins.float
     """PREDICT_AND_STAGE only: the top fraction, by the program's score"""
@@ -933,6 +945,12 @@ class StageTarget(_message.Message):
     all: _builtins.bool
     ignore_residency: _builtins.bool
     """Stage named units even where the host's residency says it holds them."""
+    copy: _builtins.int
+    """which of the model's copies units are read from; 0: the first"""
+    @_builtins.property
+    def elsewhere(self) -> _containers.RepeatedCompositeFieldContainer[Global___Elsewhere]:
+        """each unit in one of them at most"""
+
     def __init__(
         self,
         *,
@@ -941,16 +959,43 @@ class StageTarget(_message.Message):
         units: _builtins.bytes = ...,
         all: _builtins.bool = ...,
         ignore_residency: _builtins.bool = ...,
+        copy: _builtins.int = ...,
+        elsewhere: _abc.Iterable[Global___Elsewhere] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "keep", b"keep", "units", b"units", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "ignore_residency", b"ignore_residency", "keep", b"keep", "site", b"site", "units", b"units", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "copy", b"copy", "elsewhere", b"elsewhere", "ignore_residency", b"ignore_residency", "keep", b"keep", "site", b"site", "units", b"units", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["keep", "units", "all"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
 
 Global___StageTarget: _TypeAlias = StageTarget  # noqa: Y015
+
+@_typing.final
+class Elsewhere(_message.Message):
+    """Those of a target's units that are read from another copy than its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COPY_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    copy: _builtins.int
+    units: _builtins.bytes
+    """uint32, little endian, ascending"""
+    def __init__(
+        self,
+        *,
+        copy: _builtins.int = ...,
+        units: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Elsewhere: _TypeAlias = Elsewhere  # noqa: Y015
 
 @_typing.final
 class PredictAndStage(_message.Message):
@@ -1060,6 +1105,7 @@ class StagedSite(_message.Message):
     READY_NS_FIELD_NUMBER: _builtins.int
     UNITS_FROM_DRAM_FIELD_NUMBER: _builtins.int
     NAND_PAGE_READS_FIELD_NUMBER: _builtins.int
+    UNITS_FROM_COPIES_FIELD_NUMBER: _builtins.int
     site: _builtins.int
     predicted: _builtins.bytes
     """What the program chose, held by the host or not; empty unless the target said keep < 1."""
@@ -1076,6 +1122,8 @@ class StagedSite(_message.Message):
     """drive clock"""
     units_from_dram: _builtins.int
     nand_page_reads: _builtins.int
+    units_from_copies: _builtins.int
+    """read from another copy than the first"""
     def __init__(
         self,
         *,
@@ -1090,14 +1138,63 @@ class StagedSite(_message.Message):
         ready_ns: _builtins.int = ...,
         units_from_dram: _builtins.int = ...,
         nand_page_reads: _builtins.int = ...,
+        units_from_copies: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_missing", b"all_missing", "lease", b"lease", "length_bytes", b"length_bytes", "nand_page_reads", b"nand_page_reads", "predicted", b"predicted", "ready_ns", b"ready_ns", "site", b"site", "unit_count", b"unit_count", "units", b"units", "units_from_dram", b"units_from_dram", "window_offset", b"window_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_missing", b"all_missing", "lease", b"lease", "length_bytes", b"length_bytes", "nand_page_reads", b"nand_page_reads", "predicted", b"predicted", "ready_ns", b"ready_ns", "site", b"site", "unit_count", b"unit_count", "units", b"units", "units_from_copies", b"units_from_copies", "units_from_dram", b"units_from_dram", "window_offset", b"window_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StagedSite: _TypeAlias = StagedSite  # noqa: Y015
+
+@_typing.final
+class MediaError(_message.Message):
+    """What a staging command could not read: all of it, whichever target met it first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lost(self) -> _containers.RepeatedCompositeFieldContainer[Global___LostUnits]: ...
+    def __init__(
+        self,
+        *,
+        lost: _abc.Iterable[Global___LostUnits] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MediaError: _TypeAlias = MediaError  # noqa: Y015
+
+@_typing.final
+class LostUnits(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: _builtins.int
+    COPY_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    site: _builtins.int
+    copy: _builtins.int
+    units: _builtins.bytes
+    """uint32, little endian, ascending"""
+    def __init__(
+        self,
+        *,
+        site: _builtins.int = ...,
+        copy: _builtins.int = ...,
+        units: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "site", b"site", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LostUnits: _TypeAlias = LostUnits  # noqa: Y015
 
 @_typing.final
 class Release(_message.Message):

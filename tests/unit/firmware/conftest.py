@@ -26,6 +26,7 @@ from csd_protocol.packed import (
     directory_slot,
     encode_directory,
     encode_manifest,
+    manifest_version,
 )
 from csd_protocol.program_file import ShadowLayer, encode_shadow
 from csd_protocol.status import Status
@@ -62,7 +63,7 @@ def site_shapes() -> list[tuple[Role, UnitKind, int, int, int]]:
     return shapes
 
 
-def pack(model: int = 1) -> Packed:
+def pack(model: int = 1, copies: int = 1) -> Packed:
     rng = np.random.default_rng(model)
     at = MODELS_OFFSET_BYTES + 64 * BLOCK
     sites: list[Site] = []
@@ -84,10 +85,17 @@ def pack(model: int = 1) -> Packed:
     table_extent = Extent(
         offset_bytes=MODELS_OFFSET_BYTES + 32 * BLOCK, length_bytes=len(table), crc32c=crc32c(table)
     )
+    stride = align_up(at - table_extent.offset_bytes, BLOCK)
     manifest = PackedModel(
         name="m", family="llama", config={}, dtype="float16", source="test", fingerprint="f",
-        sites=tuple(sites), crc_table=table_extent,
+        sites=tuple(sites), crc_table=table_extent, copies=copies,
+        copy_stride_bytes=stride if copies > 1 else 0, format_version=manifest_version(copies),
     )  # fmt: skip
+    writes.append((table_extent.offset_bytes, blocks(table)))
+    once = list(writes)
+    for copy in range(1, copies):
+        writes += [(offset + copy * stride, data) for offset, data in once]
+    at += (copies - 1) * stride
     encoded = encode_manifest(manifest)
     entry = DirectoryEntry(
         model=model,
@@ -100,7 +108,6 @@ def pack(model: int = 1) -> Packed:
     )
     packing = entry.model_copy(update={"model": 9, "name": "half", "state": "packing"})
     directory = Directory(generation=1, models=(entry, packing))
-    writes.append((table_extent.offset_bytes, blocks(table)))
     writes.append((MODELS_OFFSET_BYTES, blocks(encoded)))
     writes.append((directory_slot(1), blocks(encode_directory(directory))))
     return Packed(writes, manifest, units)
@@ -217,6 +224,11 @@ def staged_host(host: Host, packed: Packed, shadow: bytes) -> Host:
     host.pack(packed)
     host.load(7, shadow)
     return host
+
+
+@pytest.fixture(scope="session")
+def packed_twice() -> Packed:
+    return pack(copies=2)
 
 
 @pytest.fixture

@@ -39,6 +39,10 @@ class RamDrive:
         self.data[offset_bytes : offset_bytes + length] = memoryview(data).cast("B")
         self.written.append((offset_bytes, length))
 
+    def copy(self, from_bytes: int, to_bytes: int, length_bytes: int, /) -> None:
+        assert abs(from_bytes - to_bytes) >= length_bytes
+        self.write(to_bytes, self.read(from_bytes, length_bytes))
+
     def flush(self) -> None:
         pass
 

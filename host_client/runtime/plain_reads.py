@@ -1,0 +1,115 @@
+"""Units by plain reads of blocks, each checked: what `csd verify` looks at, and predictors need.
+
+Neither window nor unit cache has a part in it, so every byte comes off the flash.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from csd_protocol.crc32c import crc32c_units
+from csd_protocol.packed import PackedModel, Site
+from csd_protocol.status import Status
+from host_client.driver import CommandFailed, Drive
+from host_client.model.catalog import read_units
+from host_client.runtime.copies import UnitsLost, read_checksums
+
+U16 = npt.NDArray[np.uint16]
+U32 = npt.NDArray[np.uint32]
+Flags = npt.NDArray[np.bool_]
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+PIECE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Units of a site that one copy does not have as they were packed, ascending."""
+
+    site: Site
+    copy: int
+    units: U32
+
+
+class PlainReads:
+    """One packed model, read by blocks."""
+
+    def __init__(self, drive: Drive, model: PackedModel) -> None:
+        """Raises DamagedRecord or CommandFailed when the model's CRC table cannot be read."""
+        self._drive, self._model = drive, model
+        self._table = read_checksums(drive, model)
+
+    def site_units(self, site: Site) -> U16:
+        """All units of a site [count, rows, cols], each from a copy that has it.
+
+        Raises UnitsLost.
+        """
+        values, bad = self._read(site, 0, 0, site.count)
+        for copy in range(1, self._model.copies):
+            for unit in np.flatnonzero(bad):
+                again, still = self._read(site, copy, int(unit), int(unit) + 1)
+                values[unit], bad[unit] = again[0], still[0]
+        if bad.any():
+            lost = np.flatnonzero(bad).astype(np.uint32)
+            raise UnitsLost(self._model, {site: lost}, _unlike(site))
+        return values
+
+    def verify(self, progress: Progress) -> list[Damage]:
+        """Reads every unit of every copy; what is damaged, copy by copy."""
+        found: list[Damage] = []
+        total = self._model.weights_bytes * self._model.copies
+        done = 0
+        for copy in range(self._model.copies):
+            for site in self._model.sites:
+                bad: list[U32] = []
+                step = max(1, PIECE_BYTES // site.unit_bytes)
+                for start in range(0, site.count, step):
+                    stop = min(start + step, site.count)
+                    flags = self._read(site, copy, start, stop)[1]
+                    bad.append((start + np.flatnonzero(flags)).astype(np.uint32))
+                    done += (stop - start) * site.unit_bytes
+                    progress(done, total)
+                units = np.concatenate(bad)
+                if units.size:
+                    found.append(Damage(site, copy, units))
+        return found
+
+    def _read(self, site: Site, copy: int, start: int, stop: int) -> tuple[U16, Flags]:
+        """Units [start, stop) from a copy [n, rows, cols], and which of them are not as packed.
+
+        What cannot be read at once is read in halves, down to single units.
+        """
+        place = self._model.place_of(site, copy)
+        values = np.zeros((stop - start, site.rows, site.cols), np.uint16)
+        bad = np.zeros(stop - start, np.bool_)
+        left = [(start, stop)]
+        while left:
+            first, last = left.pop()
+            rows = slice(first - start, last - start)
+            try:
+                values[rows] = read_units(self._drive, site, first, last, place)
+                bad[rows] = self._differs(site, first, values[rows])
+            except CommandFailed as failed:
+                if not failed.is_media_error:
+                    raise
+                if last - first == 1:
+                    bad[rows] = True
+                else:
+                    middle = (first + last) // 2
+                    left += [(first, middle), (middle, last)]
+        return values, bad
+
+    def _differs(self, site: Site, start: int, values: U16) -> Flags:
+        expected = self._table[site.first_crc + start :][: values.shape[0]]
+        rows = values.reshape(values.shape[0], -1).view(np.uint8)
+        differs: Flags = crc32c_units(rows) != expected
+        return differs
+
+
+def _unlike(site: Site) -> CommandFailed:
+    """The failure of reads that brought no bytes, or others than were packed."""
+    status = Status.GUARD_CHECK
+    detail = "no bytes, or others than their CRC32C says"
+    return CommandFailed(f"Read of {site.name}", status.sct, status.sc, detail, retryable=False)

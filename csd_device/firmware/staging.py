@@ -351,7 +351,7 @@ def _pieces(rows: I64, unit_bytes: int) -> Iterator[I64]:
     Rows side by side go straight to the window, in parts of at most BULK_BYTES; others by way of
     scratch memory that stays in the processor's cache, PIECE_BYTES of it.
     """
-    side_by_side = int(rows[-1]) - int(rows[0]) + 1 == rows.size
+    side_by_side = rows.size > 0 and int(rows[-1]) - int(rows[0]) + 1 == rows.size
     step = max(1, (BULK_BYTES if side_by_side else PIECE_BYTES) // unit_bytes)
     return (rows[start : start + step] for start in range(0, rows.size, step))
 

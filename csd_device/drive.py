@@ -35,6 +35,8 @@ from csd_device.ftl import Ftl
 from csd_device.ftl.translation import Counters, Wrap
 from csd_device.nand import Timeline
 from csd_device.nand.faults import FaultCounters, MediaSwitch, PowerCut, Surroundings
+from csd_device.nand.media import Media
+from csd_device.nand.superblocks import Superblocks
 from csd_device.nand.timeline import BusyTimes
 from csd_protocol.status import Status
 
@@ -76,11 +78,11 @@ class Drive:
         Raises DriveRefused for media of another geometry or version, media or a window in use, and
         shared memory too small for the window.
         """
-        ftl = Ftl.open(
-            media_path,
-            config,
-            lambda media, blocks: MediaSwitch(wrap(media, blocks) if wrap else media),
-        )
+
+        def wrapped(media: Media, superblocks: Superblocks) -> Media:
+            return MediaSwitch(wrap(media, superblocks) if wrap else media)
+
+        ftl = Ftl.open(media_path, config, wrapped)
         try:
             serial = _serial(media_path)
             path = window_path or SHARED_MEMORY / f"csd-window-{serial}"

@@ -90,6 +90,17 @@ def test_aging_overwrites_and_leaves_the_amount_of_data(filled: Opened) -> None:
     assert drive.ftl_counters().sectors_written - written == pytest.approx(length / 8192, rel=0.01)
 
 
+def test_random_overwrites_of_a_full_drive_amplify_writes(filled: Opened) -> None:
+    drive, length = filled("tiny", 1.0)
+    meter = Meter(drive)
+    job = Job("steady", 0.0, True, 64 * KIB, 8, length_bytes=length, requests=4_000)
+    run_alone(drive, job)
+    usage = meter.read()
+    assert usage.write_amplification is not None
+    assert usage.write_amplification > 1.05
+    assert usage.superblocks_erased > 10
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -19,6 +19,7 @@ BENCHMARKS = (
     "timeline",
     "random_reads",
     "stage_rate",
+    "recovery",
     "stage_latency",
     "generate",
 )

@@ -26,6 +26,7 @@ from csd_device.firmware.dispatch import note_failure
 from csd_device.firmware.fault_injection import FaultInjection
 from csd_device.firmware.features import Features
 from csd_device.firmware.hosts import HostTable
+from csd_device.firmware.idle_work import IdleWork
 from csd_device.firmware.memory_ranges import UNIT_CACHE, WINDOW
 from csd_device.firmware.modelled_time import DriveTime
 from csd_device.firmware.models import ModelCatalog
@@ -243,12 +244,13 @@ def _assemble(
     timeline = Timeline(config.geometry, config.timing)
     timed = time_mode is not TimeMode.OFF
     around = Surroundings(config, ftl.superblocks, clock.now_ns, FaultCounters())
+    time = DriveTime(config, timeline) if timed else None
     controller = Controller(
         config=config,
         serial=serial,
         clock=clock,
         time_mode=time_mode,
-        time=DriveTime(config, timeline) if timed else None,
+        time=time,
         ftl=ftl,
         arena=arena,
         stager=stager,
@@ -256,6 +258,7 @@ def _assemble(
         programs=ProgramStore(media_path / _PROGRAMS_FOLDER, arena),
         hosts=HostTable(arena),
         features=Features(config.queues),
+        idle=IdleWork(ftl, time),
         faults=FaultInjection(config, ftl, timeline if timed else None, around),
     )
     for error in controller.programs.refused:

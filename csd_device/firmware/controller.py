@@ -11,6 +11,7 @@ from csd_device.firmware.events import EventRequests
 from csd_device.firmware.fault_injection import FaultInjection
 from csd_device.firmware.features import Features
 from csd_device.firmware.hosts import HostTable
+from csd_device.firmware.idle_work import IdleWork
 from csd_device.firmware.logs import ErrorLog, StageLog
 from csd_device.firmware.modelled_time import DriveTime
 from csd_device.firmware.models import ModelCatalog
@@ -35,6 +36,7 @@ class Controller:
     programs: ProgramStore
     hosts: HostTable
     features: Features
+    idle: IdleWork
     faults: FaultInjection
     counters: Counters = field(default_factory=Counters)
     errors: ErrorLog = field(default_factory=ErrorLog)

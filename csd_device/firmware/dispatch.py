@@ -52,6 +52,7 @@ _MEDIA_ERRORS = {Status.UNRECOVERED_READ, Status.GUARD_CHECK, Status.WRITE_FAULT
 def dispatch(context: Context, command: c.Command) -> c.Result:
     """Carries the command out. Raises CommandError for what cannot be."""
     _count(context.controller, type(command))
+    context.controller.idle.use_time_until(context.time.submitted_ns)
     context.time.fetch()
     return HANDLERS[type(command)](context, command)
 

@@ -144,6 +144,11 @@ def spread_sectors(done: Any, moves: Any, sectors: Any) -> Any:
     return times
 
 
+def _last_of(now_ns: int, *times: I64) -> int:
+    """The latest of these times, and of now."""
+    return max([now_ns, *(int(part.max()) for part in times if part.size)])
+
+
 class CommandTime:
     """Where one command's time went so far. With time off (no drive time) it stands still."""
 
@@ -201,7 +206,7 @@ class CommandTime:
             self.program_pages(programs)
             return
         self.nand_ns += self._pass_to(buffer.admit(self.now_ns, length_bytes))
-        _, done = self._start(programs)
+        done = self._start(programs)[1]
         buffer.drain(done)
         if must_last and not self._drive.is_protected and done.size:
             self.nand_ns += self._pass_to(int(done.max()))
@@ -221,17 +226,30 @@ class CommandTime:
     def program_pages(self, programs: PagePrograms) -> None:
         """Blocks erased and pages programmed, and waited for."""
         if self._drive:
-            erased, done = self._start(programs)
-            last_ns = max((self.now_ns, *erased.tolist(), *done.tolist()))
-            self.nand_ns += self._pass_to(last_ns)
+            erased, done, _ = self._start(programs)
+            self.nand_ns += self._pass_to(_last_of(self.now_ns, erased, done))
 
-    def _start(self, programs: PagePrograms) -> tuple[I64, I64]:
-        """Each die's erases and then its programs, from now on: when those and these are done."""
+    def work_in_background(self, programs: PagePrograms) -> None:
+        """Whatever was programmed, erased and moved, and waited for."""
+        if self._drive:
+            self.nand_ns += self._pass_to(_last_of(self.now_ns, *self._start(programs)))
+
+    def _start(self, programs: PagePrograms) -> tuple[I64, I64, I64]:
+        """Each die's erases, then its programs, then its moves, from now on; when each is done.
+
+        Moves come last: they are what the drive owes, and the command's own programs need not wait.
+        What is moved is programmed when all of it has been read.
+        """
         assert self._drive
-        nand = self._drive.nand
+        nand, moved = self._drive.nand, programs.moved
         erased = nand.erase_blocks(self.now_ns, programs.erased_ppns)
         done = nand.program_pages(self.now_ns, programs.ppns, programs.transfer_bytes)
-        return erased, done
+        if moved is None:
+            return erased, done, done[:0]
+        read = nand.read_pages(self.now_ns, moved.read_ppns, moved.read_bytes)
+        read_ns = _last_of(self.now_ns, read)
+        moves = nand.program_pages(read_ns, moved.ppns, moved.transfer_bytes)
+        return erased, done, np.append(moves, read_ns)
 
     def move_dram(self, moved_bytes: int) -> None:
         """Bytes read from or written to on-drive DRAM."""

@@ -84,6 +84,7 @@ class ModelCatalog:
         self._arena = arena
         self._on_forgotten = on_forgotten
         self._directory: Directory | None = None
+        self._extents: tuple[Extent, ...] | None = None  # of all models; None: not known
         self._loaded: dict[int, LoadedModel] = {}
 
     def get(self, model: int, time: CommandTime) -> LoadedModel:
@@ -97,10 +98,23 @@ class ModelCatalog:
             found = self._loaded[model] = self._load(self._entry(model, time), time)
         return found
 
+    def holds_weights(self, offset_bytes: int, length_bytes: int) -> bool:
+        """Whether these bytes lie in a model, packed or being packed. Takes no modelled time."""
+        if offset_bytes < MODELS_OFFSET_BYTES:
+            return False
+        if self._extents is None:
+            self._extents = self._find_extents()
+        end_bytes = offset_bytes + length_bytes
+        return any(
+            extent.offset_bytes <= offset_bytes
+            and end_bytes <= extent.offset_bytes + extent.length_bytes
+            for extent in self._extents
+        )
+
     def note_change(self, offset_bytes: int, length_bytes: int) -> None:
         """These bytes of the namespace may have changed: forgets what was read from them."""
         if offset_bytes < MODELS_OFFSET_BYTES:
-            self._directory = None
+            self._directory = self._extents = None
             self._forget(list(self._loaded.values()))
         end_bytes = offset_bytes + length_bytes
         self._forget(
@@ -129,6 +143,14 @@ class ModelCatalog:
                 return entry
         known = ", ".join(f"{entry.model} ({entry.name})" for entry in self._directory.models)
         raise _no_model(f"no model {model} on this drive; there are: {known or 'none'}")
+
+    def _find_extents(self) -> tuple[Extent, ...]:
+        """None where there is no directory, or none that can be read."""
+        try:
+            directory = self._directory or self._read_directory(CommandTime(None, 0))
+        except CommandError:
+            return ()
+        return tuple(entry.extent for entry in directory.models)
 
     def _read_directory(self, time: CommandTime) -> Directory:
         data = self._read(Extent(offset_bytes=0, length_bytes=MODELS_OFFSET_BYTES), time)

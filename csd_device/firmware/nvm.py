@@ -20,7 +20,7 @@ from csd_device.firmware.commands import (
     WriteZeroes,
 )
 from csd_device.firmware.context import Context
-from csd_device.ftl import PagePrograms, PageReads
+from csd_device.ftl import PagePrograms, PageReads, Stream
 from csd_protocol.status import Status
 from csd_protocol.units import format_size
 
@@ -133,7 +133,9 @@ def _read(context: Context, blocks: BlockRange) -> npt.NDArray[np.uint8]:
 def _write(context: Context, slba: int, data: bytes | npt.NDArray[np.uint8], fua: bool) -> None:
     controller = context.controller
     through = fua or not controller.features.writes_are_volatile
-    programs: PagePrograms = controller.ftl.write(slba, data, fua=through)
+    is_cold = controller.models.holds_weights(slba * SECTOR_BYTES, len(data))
+    stream = Stream.WEIGHTS if is_cold else Stream.HOST
+    programs: PagePrograms = controller.ftl.write(slba, data, fua=through, stream=stream)
     context.time.write(len(data), programs, must_last=through)
     _note_change(context, BlockRange(slba, len(data) // SECTOR_BYTES))
 

@@ -66,7 +66,7 @@ class Collector:
         changes: Changes,
         work: Work,
     ) -> None:
-        self._media = media
+        self.media = media
         self._superblocks = superblocks
         self._maps = maps
         self._placement = placement
@@ -166,7 +166,11 @@ class Collector:
     def _take_job(self, now_ns: int) -> bool:
         """What has to be emptied now, if anything: bad cells before room, room before the rest."""
         free = self._superblocks.free_count
-        is_retiring = free > self.reserve and bool(self._superblocks.retiring.any())
+        is_retiring = (
+            free > self.reserve
+            and self._superblocks.bad_count > 0
+            and bool(self._superblocks.retiring.any())
+        )
         if not is_retiring and free < self.target and self._take_victim(1.0):
             return True
         self._placement.has_opened |= is_retiring
@@ -255,12 +259,14 @@ class Collector:
         targets = np.arange(psas.size, dtype=np.int64) * SECTOR_BYTES
         pieces = Pieces(psas * SECTOR_BYTES, np.full(psas.size, SECTOR_BYTES, np.int64), targets)
         try:
-            self._media.gather(pieces, self._buffer[:size])
+            self.media.gather(pieces, self._buffer[:size])
         except UnrecoveredRead as error:
             assert self._job
             self._stuck[self._job.superblock] = True
             lost = psas if error.psas is None else error.psas
             rest = np.setdiff1d(psas, lost)
             return self._read(rest) if 0 < rest.size < psas.size else rest[:0]
-        self._work.note_move_reads(*fold_pages(psas, self._per_page))
+        ppns, read_bytes = fold_pages(psas, self._per_page)
+        self._superblocks.count_reads(ppns, self._placement.size // self._per_page)
+        self._work.note_move_reads(ppns, read_bytes)
         return psas

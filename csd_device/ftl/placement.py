@@ -51,7 +51,7 @@ class Placement:
         self.opened_ns = 0  # drive clock: what is opened now is opened then
         self.powered_ns = 0  # time that the drive was on when its clock was 0
         self.has_opened = False  # since somebody looked
-        self._media = media
+        self.media = media
         self._geometry = geometry
         self._superblocks = superblocks
         self._changes = changes
@@ -100,7 +100,7 @@ class Placement:
         """Whether it could be erased. Raises WriteFault when it is not the cells that failed."""
         size = self._geometry.superblock_bytes
         try:
-            self._media.erase(superblock * size, size)
+            self.media.erase(superblock * size, size)
         except WriteFault as fault:
             if fault.address is None:
                 raise
@@ -110,7 +110,7 @@ class Placement:
 
     def _write(self, stream: Stream, psa: int, cells: U8) -> None:
         try:
-            self._media.write(psa * SECTOR_BYTES, cells)
+            self.media.write(psa * SECTOR_BYTES, cells)
         except WriteFault as fault:
             if fault.address is None:
                 raise

@@ -82,7 +82,7 @@ class Work:
         return Moves(reads, sizes, ppns, self._whole(ppns))
 
     def _whole(self, ppns: I64) -> I64:
-        return np.full(ppns.size, self._geometry.page_bytes, np.int64)
+        return np.full(ppns.size, self._geometry.page_bytes, np.int64) if ppns.size else NO_PAGES
 
 
 def _joined(parts: list[I64]) -> I64:

@@ -54,6 +54,7 @@ def recover(
         for event in record.events.tolist():
             _replay_event(superblocks, *event)
         progress = record.progress
+    superblocks.recount()
     superblocks.written_ns -= progress.powered_ns  # the drive's clock starts at 0 again
     return Recovered(progress, is_clean=not records and (checkpoint is None or checkpoint.is_clean))
 
@@ -83,7 +84,8 @@ def _replay_event(
         superblocks.erases[superblock] += 1
         superblocks.reads[superblock] = 0
     elif kind == EventKind.RETIRE:
-        superblocks.retire(superblock)
+        superblocks.states[superblock] = SuperblockState.FULL
+        superblocks.retiring[superblock] = True
     elif kind == EventKind.BAD:
         superblocks.states[superblock] = SuperblockState.BAD
         superblocks.retiring[superblock] = False

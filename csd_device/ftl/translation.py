@@ -181,6 +181,7 @@ class Ftl:
             raise self._located(error, offsets_bytes, unit_bytes) from None
         per_page = self._geometry.sectors_per_page
         ppns, sizes = pages_of(pieces, per_page)
+        self._superblocks.count_reads(ppns, self._geometry.pages_per_superblock)
         return PageReads(ppns, sizes, _by_page(retries, ppns, per_page), retries)
 
     def _located(self, error: UnrecoveredRead, offsets: I64, unit_bytes: int) -> UnrecoveredRead:
@@ -200,6 +201,10 @@ class Ftl:
         self._check_range(lpn, count)
         entries = self._table[lpn : lpn + count].astype(np.int64)
         return np.sort(entries[entries > 0] - 1)
+
+    @property
+    def superblocks(self) -> Superblocks:
+        return self._superblocks
 
     @property
     def media(self) -> Media:
@@ -229,10 +234,6 @@ class Ftl:
         """Which of these sectors hold data [count]."""
         self._check_range(lpn, count)
         return np.not_equal(self._table[lpn : lpn + count], 0)
-
-    @property
-    def superblocks(self) -> Superblocks:
-        return self._superblocks
 
     @property
     def table(self) -> U32:
@@ -360,6 +361,9 @@ class Ftl:
         blocks = self._superblocks
         is_empty = (blocks.states == SuperblockState.FREE) | (blocks.states == SuperblockState.BAD)
         assert not blocks.valid[is_empty].any(), "a free or bad superblock holds data"
+        counted = blocks.free_count, blocks.bad_count
+        blocks.recount()
+        assert counted == (blocks.free_count, blocks.bad_count), counted
         opened = [psa // self._placement.size for psa in self.pointers if psa != NO_POINTER]
         assert sorted(opened) == blocks.having(SuperblockState.OPEN).tolist()
         for psa in self.pointers:

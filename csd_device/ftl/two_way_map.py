@@ -54,8 +54,9 @@ def _unmap(
         chunk_end = min(end, (at // CHUNK_SECTORS + 1) * CHUNK_SECTORS)
         if touched[at // CHUNK_SECTORS]:
             for each in range(at, chunk_end):
-                _forget(table, reverse, valid, size, each)
-                table[each] = 0
+                if table[each]:
+                    _forget(table, reverse, valid, size, each)
+                    table[each] = 0
         at = chunk_end
 
 

@@ -9,11 +9,19 @@ One whose program failed is *retiring*: what it holds can be read and is moved a
 """
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 I64 = npt.NDArray[np.int64]
+
+
+@njit(nogil=True, cache=True)
+def _count(reads: Any, ppns: Any, pages_per_superblock: Any) -> None:
+    for index in range(ppns.shape[0]):
+        reads[ppns[index] // pages_per_superblock] += 1
 
 
 class SuperblockState(IntEnum):
@@ -41,19 +49,17 @@ class Superblocks:
         self.opened_at: I64 = np.zeros(count, np.int64)
         self.streams: npt.NDArray[np.uint8] = np.zeros(count, np.uint8)
         self.retiring: npt.NDArray[np.bool_] = np.zeros(count, np.bool_)
+        self.free_count = count
+        self.bad_count = 0  # those that are bad, or will be when they are empty
 
     def having(self, state: SuperblockState) -> I64:
         """Indices of those in this state, ascending."""
         return np.flatnonzero(self.states == state)
 
-    @property
-    def free_count(self) -> int:
-        return int(np.count_nonzero(self.states == SuperblockState.FREE))
-
-    @property
-    def bad_count(self) -> int:
-        """Those that are bad, or will be when they are empty."""
-        return int(np.count_nonzero(self.retiring | (self.states == SuperblockState.BAD)))
+    def recount(self) -> None:
+        """After states were changed other than by the methods below."""
+        self.free_count = self.having(SuperblockState.FREE).size
+        self.bad_count = int(self.retiring.sum()) + self.having(SuperblockState.BAD).size
 
     def take_free(self) -> int | None:
         """Opens the free superblock with the fewest erases; None when there is none."""
@@ -62,6 +68,7 @@ class Superblocks:
             return None
         chosen = int(free[np.argmin(self.erases[free])])
         self.states[chosen] = SuperblockState.OPEN
+        self.free_count -= 1
         return chosen
 
     def fill(self, superblock: int) -> None:
@@ -70,12 +77,15 @@ class Superblocks:
 
     def retire(self, superblock: int) -> None:
         """Nothing is written to it any more, and when it is empty it is bad."""
+        assert not self.retiring[superblock]
         self.states[superblock] = SuperblockState.FULL
+        self.bad_count += 1
         self.retiring[superblock] = True
 
     def condemn(self, superblock: int) -> None:
         """It is bad for good."""
         assert self.valid[superblock] == 0
+        self.bad_count += not self.retiring[superblock]
         self.states[superblock] = SuperblockState.BAD
         self.retiring[superblock] = False
 
@@ -86,9 +96,8 @@ class Superblocks:
         self.erases[superblock] += 1
         self.reads[superblock] = 0
         self.states[superblock] = SuperblockState.FREE
+        self.free_count += 1
 
     def count_reads(self, ppns: I64, pages_per_superblock: int) -> None:
         """Counts one read of each of these pages."""
-        if ppns.size:
-            touched = ppns // pages_per_superblock
-            self.reads += np.bincount(touched, minlength=self.reads.size)
+        _count(self.reads, ppns, pages_per_superblock)

@@ -117,6 +117,25 @@ def test_a_failure_carries_status_and_reason(drive: Drive) -> None:
     assert not error.value.retryable
 
 
+def test_faults_are_set_seen_and_cleared(drive: Drive) -> None:
+    data = np.random.default_rng(5).bytes(64 * BLOCK_BYTES)
+    drive.write(SCRATCH, data)
+    drive.set_faults("bit_errors", {"rate": 1e-2}, seed=3)
+    drive.set_faults("unreadable", {"lbas": [[SCRATCH // BLOCK_BYTES, 2]]})
+    with pytest.raises(CommandFailed, match=f"LBAs {SCRATCH // BLOCK_BYTES}, ") as error:
+        drive.read(SCRATCH, len(data))
+    assert error.value.status is Status.UNRECOVERED_READ
+    drive.set_faults("unreadable", None)
+    assert drive.read(SCRATCH, len(data)) == data
+    told = drive.faults()
+    assert (told["seed"], told["bit_errors"]["rate"], told["unreadable"]) == (3, 1e-2, None)
+    assert told["counters"]["retried_sectors"] > 0
+    with pytest.raises(CommandFailed, match=r"bit_errors\.rate: .*less than or equal to 1"):
+        drive.set_faults("bit_errors", {"rate": 7})
+    drive.clear_faults()
+    assert drive.faults()["bit_errors"] is None
+
+
 def test_staged_units_lie_in_the_window_packed(drive: Drive) -> None:
     wanted = np.array([2, 3, 40], np.uint32)
     staged = drive.stage(MODEL, [StageTarget(FFN, units=wanted)]).result()

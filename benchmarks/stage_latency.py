@@ -23,8 +23,8 @@ from csd_protocol.packed import PackedModel, Role, Site
 from csd_protocol.program_file import ShadowLayer, encode_shadow
 from host_client.driver import Drive, Staged, StagedSite, StageTarget
 from host_client.model.catalog import open_model
+from host_client.model.formats import open_checkpoint
 from host_client.model.packer import pack
-from host_client.model.source import open_checkpoint
 
 F32 = npt.NDArray[np.float32]
 

@@ -1,9 +1,30 @@
-"""One setting for all tests: where CI runs them, property tests try the same examples each time."""
+"""Settings for all tests: how they are divided among processes, and which examples are tried.
+
+Tests that share what is dear to make stay together in one process: those of `SHARED_FOLDERS`
+share a packed model or a daemon, the others what their file makes. Each process leaves the other
+processes their cores: OpenMP's threads spin while they wait.
+"""
 
 import os
 
+import pytest
 from hypothesis import settings
+
+SHARED_FOLDERS = ("end_to_end", "integration")
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if workers > 1:
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.parent.name
+        group = folder if folder in SHARED_FOLDERS else str(item.path.relative_to(config.rootpath))
+        item.add_marker(pytest.mark.xdist_group(group))

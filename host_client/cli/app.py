@@ -8,13 +8,13 @@ quality, context); 130 interrupted.
 import os
 import sys
 from contextlib import suppress
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import typer
 from rich.markup import escape
 
-from host_client.cli import bench_commands, drive_commands, model_commands, predictor_commands
 from host_client.cli.console import err
+from host_client.cli.on_demand import Entry, OnDemandGroup
 from host_client.driver import DriveError
 from host_client.io import ReaderError
 from host_client.model.errors import ModelError
@@ -23,20 +23,49 @@ from host_client.runtime.refusals import RequestRefused
 
 EXIT_DONE, EXIT_FILE, EXIT_MODEL, EXIT_DRIVE, EXIT_REQUEST, EXIT_INTERRUPTED = 0, 1, 3, 4, 5, 130
 
-app = typer.Typer(
-    help="LLM inference from a computational storage drive.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-app.command()(model_commands.pack)
-app.command()(model_commands.models)
-app.command()(model_commands.remove)
-app.command()(model_commands.plan)
-app.command()(model_commands.generate)
-app.command()(drive_commands.identify)
-app.command()(drive_commands.log)
-app.add_typer(predictor_commands.app, name="predictor")
-app.add_typer(bench_commands.app, name="bench")
+_CLI = "host_client.cli"
+
+
+class Commands(OnDemandGroup):
+    table: ClassVar[dict[str, Entry]] = {
+        "pack": Entry(
+            f"{_CLI}.model_commands",
+            "pack",
+            "Pack a model onto the drive: units, checksums, frequencies, predictors.",
+        ),
+        "models": Entry(f"{_CLI}.catalog_commands", "models", "List the models on the drive."),
+        "remove": Entry(f"{_CLI}.catalog_commands", "remove", "Take a model off the drive."),
+        "plan": Entry(
+            f"{_CLI}.catalog_commands",
+            "plan",
+            "Print what would be resident and what staged within a budget.",
+        ),
+        "generate": Entry(
+            f"{_CLI}.model_commands",
+            "generate",
+            "Generate text, the weights staged by the drive as they are needed.",
+        ),
+        "identify": Entry(
+            f"{_CLI}.drive_commands",
+            "identify",
+            "Print controller, namespace, window and loaded programs.",
+        ),
+        "log": Entry(f"{_CLI}.drive_commands", "log", "Print a log page: smart, error or stage."),
+        "predictor": Entry(
+            f"{_CLI}.predictor_commands",
+            "app",
+            "Predictors: build, load and list the programs on the drive.",
+        ),
+        "bench": Entry(f"{_CLI}.bench_commands", "app", "Measurements on real text."),
+    }
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _csd() -> None:
+    """LLM inference from a computational storage drive."""
 
 
 def main() -> NoReturn:

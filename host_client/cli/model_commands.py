@@ -1,11 +1,9 @@
-"""`csd pack`, `models`, `remove`, `plan` and `generate`."""
+"""`csd pack` and `csd generate`: the commands that bring torch and transformers in."""
 
-import json
 import time as host_time
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
@@ -17,19 +15,17 @@ from host_client.cli.console import TimeMode, err, open_drive, out, progress_byt
 from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
 from host_client.driver import Drive
 from host_client.io.opening import Kind as ReaderKind
-from host_client.model.catalog import list_models, open_model, remove_model
 from host_client.model.checkpoint import Dtype
+from host_client.model.formats import open_checkpoint
 from host_client.model.packer import pack as pack_checkpoint
-from host_client.model.source import Source, open_checkpoint, resolve_source
+from host_client.model.source import Source, resolve_source
 from host_client.runtime.causal_lm import (
     LOOKAHEAD_DEFAULT,
     CsdModelForCausalLM,
-    name_on_drive,
     runtime_of,
 )
 from host_client.runtime.generate import generate as run_generation
 from host_client.runtime.generate import prompt_ids
-from host_client.runtime.plan import make_plan, parse_budget
 from host_client.runtime.quality import Quality
 
 
@@ -97,41 +93,6 @@ def _prepare(drive: Drive, packed: PackedModel, source: Source, dram: str, token
     with progress_count("building predictors, layers") as update:
         kinds = load_predictors(drive, packed, update)
     out.print(f"loaded predictors: {', '.join(kinds)}")
-
-
-def models(drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> None:
-    """List the models on the drive."""
-    with open_drive(drive, time) as opened:
-        entries = list_models(opened)
-    table = Table("name", "state", "size")
-    for entry in entries:
-        table.add_row(entry.name, entry.state, format_size(entry.extent.length_bytes))
-    out.print(table)
-
-
-def remove(model: Model, drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> None:
-    """Take a model off the drive."""
-    with open_drive(drive, time) as opened:
-        remove_model(opened, name_on_drive(model))
-    out.print(f"removed {model}")
-
-
-def plan(
-    model: Model,
-    dram: Dram = "45%",
-    context: Annotated[int, typer.Option(help="Tokens the KV cache has room for.", min=1)] = 512,
-    drive: DriveAddress = None,
-    time: Time = TimeMode.VIRTUAL,
-    as_json: Json = False,
-) -> None:
-    """Print what would be resident and what staged within a budget."""
-    with open_drive(drive, time) as opened:
-        _, packed = open_model(opened, name_on_drive(model))
-    made = make_plan(packed, parse_budget(dram, packed), context)
-    if as_json:
-        typer.echo(json.dumps(reports.plan_object(packed, made)))
-        return
-    out.print(reports.plan_table(packed, made))
 
 
 def generate(

@@ -13,7 +13,7 @@ from host_client.calibrate.preparation import build_predictor
 from host_client.cli.console import TimeMode, open_drive, out, progress_count
 from host_client.cli.options import DriveAddress, Model, Time
 from host_client.model.catalog import open_model
-from host_client.runtime.causal_lm import name_on_drive
+from host_client.model.source import name_on_drive
 
 app = typer.Typer(help="Predictors: build, load and list the programs on the drive.")
 

@@ -1,13 +1,15 @@
 """Tables and JSON objects of what a plan keeps and what a run did."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from csd_protocol.packed import PackedModel, Role
 from csd_protocol.units import format_ns, format_size
-from host_client.runtime.generate import GenerationReport
 from host_client.runtime.plan import BUFFERS, Plan, head_site
+
+if TYPE_CHECKING:
+    from host_client.runtime.generate import GenerationReport
 
 
 def plan_object(packed: PackedModel, plan: Plan) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def plan_table(packed: PackedModel, plan: Plan) -> Table:
     return table
 
 
-def generation_table(report: GenerationReport, plan: Plan) -> Table:
+def generation_table(report: "GenerationReport", plan: Plan) -> Table:
     share = report.host_weights_peak_bytes / report.weights_bytes_16bit
     drive = report.drive
     table = Table(show_header=False, title="what it took", title_justify="left")
@@ -99,7 +101,7 @@ def generation_table(report: GenerationReport, plan: Plan) -> Table:
     return table
 
 
-def _predicted(report: GenerationReport) -> str:
+def _predicted(report: "GenerationReport") -> str:
     if report.predictor is None:
         return "nothing: exact quality needs every neuron, and stages all that are not resident"
     recall = "not measured" if report.recall is None else f"{report.recall:.0%}"

@@ -5,15 +5,14 @@ import mmap
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 
 class Buffer:
     """`size` bytes of anonymous memory, page aligned and zeroed.
 
     Memory is taken page by page as it is first written, and goes back to the system when the
-    last view is gone. `array` and `tensor` are views of the same bytes (uint8 [size]): what a
-    later read writes shows in both, and in every slice or retyped view of them.
+    last view is gone. What a later read writes shows in `array` (uint8 [size]) and in every
+    slice, retyped view or tensor made of it.
     """
 
     def __init__(self, size: int) -> None:
@@ -25,7 +24,3 @@ class Buffer:
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.array: npt.NDArray[np.uint8] = np.frombuffer(memory, np.uint8, size)
         self.address = int(self.array.ctypes.data)
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        return torch.from_numpy(self.array)

@@ -1,7 +1,7 @@
 """Models on disk and on a drive: checkpoint readers, families, the packer, the drive's catalog.
 
     source = resolve_source("smollm2-135m")             # source.py; or a folder, or a .gguf file
-    with open_checkpoint(source) as checkpoint:         # source.py
+    with open_checkpoint(source) as checkpoint:         # formats.py
         model = pack(checkpoint, drive, source.name)    # packer.py
     model_id, model = open_model(drive, source.name)    # catalog.py
 

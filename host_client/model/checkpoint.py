@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from host_client.model.errors import TornFile
+
+if TYPE_CHECKING:
+    import torch
 
 Dtype = Literal["float16", "bfloat16"]
 
@@ -41,7 +42,7 @@ class Checkpoint(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Rows [start, stop) of the tensor, [stop - start, ...], in a floating type.
 
         Raises TornFile when the file ends early, UnsupportedModel for a number format.

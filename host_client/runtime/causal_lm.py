@@ -18,7 +18,7 @@ from host_client.driver import Drive
 from host_client.io import Buffer, Reader, open_reader
 from host_client.io.opening import Kind as ReaderKind
 from host_client.model.catalog import open_model, read_crc_table, read_frequencies
-from host_client.model.source import resolve_source
+from host_client.model.source import name_on_drive
 from host_client.runtime.attach import attach, skeleton
 from host_client.runtime.audit import Auditor
 from host_client.runtime.checksums import Checksums
@@ -116,12 +116,6 @@ class _Settings:
 def runtime_of(model: PreTrainedModel) -> CsdRuntime:
     """The runtime behind a model that `from_pretrained` made."""
     return cast(CsdRuntime, model.csd)
-
-
-def name_on_drive(model: str | Path) -> str:
-    """What a model is called on a drive: its source's name, or `model` when it is no source."""
-    looks_like_path = "/" in str(model) or Path(model).exists()
-    return resolve_source(model).name if looks_like_path else str(model)
 
 
 def _open_drive(drive: Drive | str | None, undo: ExitStack) -> Drive:

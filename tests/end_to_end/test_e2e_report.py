@@ -95,8 +95,8 @@ def test_a_chat_goes_to_the_terminal(csd: CommandLine, device: Device) -> None:
 
 
 def test_quality_is_measured_on_real_text(csd: CommandLine, device: Device) -> None:
-    measured = csd("bench", "quality", MODEL, "--tokens", 256, "--json", drive=device).answer
-    assert (measured["model"], measured["tokens"]) == (MODEL, 256)
+    measured = csd("bench", "quality", MODEL, "--tokens", 128, "--json", drive=device).answer
+    assert (measured["model"], measured["tokens"]) == (MODEL, 128)
     exact, kept = measured["rows"]
     assert (exact["quality"], kept["quality"]) == ("exact", "0.5")
     assert 5 < exact["perplexity"] < 40

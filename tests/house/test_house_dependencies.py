@@ -11,7 +11,7 @@ import pytest
 
 DEPENDENCIES = runpy.run_path(str(house_rules.ROOT / "tools" / "dependencies.py"))
 # Plugins and programs; what transformers wants for GGUF files; what only generated stubs import.
-NOT_IMPORTED = {"accelerate", "pytest-timeout", "import-linter", "protobuf"}
+NOT_IMPORTED = {"accelerate", "pytest-timeout", "pytest-xdist", "import-linter", "protobuf"}
 SIDES = [
     (["csd_protocol"], []),
     (["csd_protocol", "csd_device"], ["device"]),

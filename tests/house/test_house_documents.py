@@ -21,8 +21,8 @@ def known_commands() -> dict[str, set[str]]:
     from csd_device.service import cli as device_cli
     from host_client.cli import app as host_cli
 
-    programs = {"csd": host_cli.app, "csd-device": device_cli.app}
-    return {name: set(getattr(get_command(app), "commands", {})) for name, app in programs.items()}
+    device = set(getattr(get_command(device_cli.app), "commands", {}))
+    return {"csd": set(host_cli.Commands.table), "csd-device": device}
 
 
 def unknown_commands(text: str, targets: set[str], subcommands: dict[str, set[str]]) -> list[str]:

@@ -12,8 +12,9 @@ from csd_protocol.opcodes import Cns
 from csd_protocol.units import MIB
 from host_client.driver import Drive, StageTarget
 from host_client.model.catalog import open_model
+from host_client.model.formats import open_checkpoint
 from host_client.model.packer import pack
-from host_client.model.source import open_checkpoint, resolve_source
+from host_client.model.source import resolve_source
 
 if "CSD_DRIVE" in os.environ:
     pytest.skip("the daemon is elsewhere: its memory cannot be read", allow_module_level=True)

@@ -12,8 +12,9 @@ from csd_protocol import opcodes
 from host_client import CsdModelForCausalLM, Drive
 from host_client.calibrate.predictor import build_shadow, load_predictor
 from host_client.model.catalog import list_models, remove_model
+from host_client.model.formats import open_checkpoint
 from host_client.model.packer import pack
-from host_client.model.source import open_checkpoint, resolve_source
+from host_client.model.source import resolve_source
 
 NEW_TOKENS = 24
 

@@ -29,9 +29,10 @@ from host_client.model.errors import (
     UnsupportedModel,
     ValueOverflow,
 )
+from host_client.model.formats import open_checkpoint
 from host_client.model.packer import pack, units_per_chunk
 from host_client.model.safetensors_folder import SafetensorsFolder
-from host_client.model.source import open_checkpoint, resolve_source
+from host_client.model.source import resolve_source
 
 Tensors = dict[str, torch.Tensor]
 

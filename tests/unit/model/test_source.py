@@ -6,7 +6,8 @@ import pytest
 
 from host_client.model import source as source_module
 from host_client.model.errors import ModelNotFound
-from host_client.model.source import open_checkpoint, resolve_source
+from host_client.model.formats import open_checkpoint
+from host_client.model.source import resolve_source
 
 
 def test_a_folder(tiny_folder: Path) -> None:

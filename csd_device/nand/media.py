@@ -183,7 +183,8 @@ class FileMedia:
 
     def copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
         checksums = copy_checked(self._cells, starts, out, keep)
-        self._bound_mapped(out.size + starts.size * _FAULT_BYTES)
+        runs = 1 + int(np.count_nonzero(np.diff(starts) != out.shape[1]))
+        self._bound_mapped(out.size + runs * _FAULT_BYTES)
         return checksums
 
     def write(self, start: int, data: U8) -> None:
@@ -236,6 +237,7 @@ class FileMedia:
         self._unchecked_bytes = 0
         if _mapped_file_bytes() - self._others_bytes > MAPPED_BYTES_MAX:
             self._map.madvise(mmap.MADV_DONTNEED)
+            self._others_bytes = _mapped_file_bytes()  # libraries come in as they are used
 
     def _write_zeroes(self, start: int, length: int) -> None:
         for at in range(start, start + length, len(_ZEROES)):

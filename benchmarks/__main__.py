@@ -18,6 +18,7 @@ BENCHMARKS = (
     "window_reads",
     "timeline",
     "random_reads",
+    "stage_rate",
     "recovery",
     "stage_latency",
     "generate",

@@ -1,15 +1,17 @@
 """A drive as data: read from TOML, checked as a whole before anything opens.
 
     load_config(name_or_path) -> DriveConfig     a preset's name or a path ending in .toml
-    preset_names() -> list[str]
+    preset_names() -> list[str]    preset_text(name) -> str
 
 Sizes may be written as integers (bytes) or as text (`"64 MiB"`). Every field states its unit, its
 constraint, what a special value means and where the figure of the presets comes from.
 """
 
+import re
 import tomllib
 from enum import StrEnum
 from importlib import resources
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -35,8 +37,14 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_LAYOUT = ("channels", "dies_per_channel", "planes_per_die")
+
+
 class Geometry(_Section):
-    """How the NAND is divided. A *superblock* is one block index over all planes of the drive."""
+    """How the NAND is divided. A *superblock* is one block index over all planes of the drive.
+
+    `layout = "8x4x4"` states channels x dies of a channel x planes of a die in one.
+    """
 
     channels: Positive  # buses that work side by side
     dies_per_channel: Positive  # dies that share one bus; assumed
@@ -44,6 +52,26 @@ class Geometry(_Section):
     blocks_per_plane: Positive  # erase units of a plane; assumed, sets the capacity
     pages_per_block: Positive  # fewer than a real TLC block, so that a superblock stays small
     page_bytes: Size  # a multiple of 4096; 16 KiB is usual for TLC
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_out(cls, given: Any) -> Any:
+        """What `layout` says, under the names of the fields."""
+        if not isinstance(given, dict) or "layout" not in given:
+            return given
+        stated = {name: value for name, value in given.items() if name != "layout"}
+        for name, figure in zip(_LAYOUT, _parse_layout(given["layout"]), strict=True):
+            if stated.setdefault(name, figure) != figure:
+                raise ValueError(
+                    f"layout = {given['layout']!r} says {name} = {figure}, and {name} = "
+                    f"{stated[name]} is stated as well"
+                )
+        return stated
+
+    @property
+    def layout(self) -> str:
+        """Channels x dies of a channel x planes of a die."""
+        return f"{self.channels}x{self.dies_per_channel}x{self.planes_per_die}"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -91,6 +119,13 @@ class Geometry(_Section):
     @property
     def raw_bytes(self) -> int:
         return self.pages * self.page_bytes
+
+
+def _parse_layout(text: Any) -> tuple[int, int, int]:
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*x\s*(\d+)\s*", str(text))
+    if match is None:
+        raise ValueError(f"layout = {text!r}; write channels x dies x planes, such as '8x4x4'")
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 class Cell(StrEnum):
@@ -324,10 +359,15 @@ class Queues(_Section):
 
 
 class DriveConfig(_Section):
-    """One drive. Relations between sections are checked when it is made."""
+    """One drive. Relations between sections are checked when it is made.
+
+    With `capacity` the namespace has that size, in whole MiB, and `geometry.blocks_per_plane` may
+    be left out: it is then the least that over-provisioning leaves this much of.
+    """
 
     name: str
     description: str
+    capacity: Size | None = None  # of the namespace; none: raw NAND less over-provisioning
     geometry: Geometry
     timing: CellTiming
     link: Link
@@ -340,10 +380,35 @@ class DriveConfig(_Section):
     thermal: Thermal = Thermal()
     faults: FaultsConfig = FaultsConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _size_planes(cls, given: Any) -> Any:
+        """The blocks of a plane that a stated capacity takes, unless they are stated."""
+        if not isinstance(given, dict) or not isinstance(given.get("geometry"), dict):
+            return given
+        geometry, capacity = given["geometry"], given.get("capacity")
+        if "blocks_per_plane" in geometry:
+            return given
+        if capacity is None:
+            raise ValueError("either geometry.blocks_per_plane or capacity says how large it is")
+        try:
+            one = Geometry.model_validate(geometry | {"blocks_per_plane": 1})
+            ftl = FtlConfig.model_validate(given.get("ftl"))
+            raw_bytes = parse_size(capacity) / (1 - ftl.over_provisioning)
+            blocks = max(ceil(raw_bytes / one.raw_bytes), 1)
+        except ValueError:  # what is wrong is found, and named, in its own section
+            blocks = 1
+        return given | {"geometry": geometry | {"blocks_per_plane": blocks}}
+
+    @property
+    def usable_bytes(self) -> int:
+        """Raw NAND less over-provisioning."""
+        return int(self.geometry.raw_bytes * (1 - self.ftl.over_provisioning))
+
     @property
     def capacity_sectors(self) -> int:
-        """Logical blocks of the namespace: raw NAND less over-provisioning, in whole MiB."""
-        usable = int(self.geometry.raw_bytes * (1 - self.ftl.over_provisioning))
+        """Logical blocks of the namespace, whole MiB: as stated, or all that is usable."""
+        usable = self.usable_bytes if self.capacity is None else self.capacity
         return usable // MIB * MIB // SECTOR_BYTES
 
     @property
@@ -365,11 +430,22 @@ class DriveConfig(_Section):
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:
+        self._check_capacity()
         self._check_write_buffer()
         self._check_dram()
         self._check_spare()
         self.check_faults(self.faults)
         return self
+
+    def _check_capacity(self) -> None:
+        geometry = self.geometry
+        if self.capacity is not None and self.capacity > self.usable_bytes:
+            raise ValueError(
+                f"capacity = {format_size(self.capacity)}; {geometry.layout} with "
+                f"blocks_per_plane = {geometry.blocks_per_plane} have "
+                f"{format_size(self.usable_bytes)} beside over-provisioning. Leave "
+                "blocks_per_plane out to have it follow from the capacity"
+            )
 
     def check_faults(self, faults: FaultsConfig) -> None:
         """Raises ValueError for a fault of a die or a superblock that this drive does not have."""
@@ -422,6 +498,13 @@ def preset_names() -> list[str]:
     """Names that `load_config` knows without a path."""
     files = resources.files("csd_device.presets").iterdir()
     return sorted(file.name[:-5] for file in files if file.name.endswith(".toml"))
+
+
+def preset_text(name: str) -> str:
+    """The TOML of a preset, to start a drive of one's own from. Raises ConfigRefused."""
+    if name not in preset_names():
+        raise ConfigRefused(f"no preset {name!r}; there are {', '.join(preset_names())}")
+    return _read(name)
 
 
 def load_config(name_or_path: str | Path) -> DriveConfig:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_device.clock import Clock, TimeMode
-from csd_device.config import DriveConfig
+from csd_device.config import SECTOR_BYTES, DriveConfig
 from csd_device.dram import Arena, UnitCache, Window
 from csd_device.errors import CommandError, DriveRefused
 from csd_device.firmware import Controller, QueuePair, upkeep
@@ -40,8 +40,12 @@ from csd_device.firmware.staging import Stager
 from csd_device.firmware.telemetry import telemetry_report
 from csd_device.firmware.thermal import Thermal
 from csd_device.ftl import Ftl
+from csd_device.ftl.translation import Counters, Wrap
 from csd_device.nand import Timeline
 from csd_device.nand.faults import FaultCounters, MediaSwitch, PowerCut, Surroundings
+from csd_device.nand.media import Media
+from csd_device.nand.superblocks import Superblocks
+from csd_device.nand.timeline import BusyTimes
 from csd_protocol.status import Status
 
 U8 = npt.NDArray[np.uint8]
@@ -72,14 +76,21 @@ class Drive:
         clock: Clock,
         time_mode: TimeMode,
         window_path: Path | None = None,
+        wrap: Wrap | None = None,
     ) -> "Drive":
         """Opens the media folder, made when it is not there, and the window.
+
+        `wrap` puts decorators around the media: `Ftl.open`.
 
         Without `window_path` the window lies on /dev/shm, named after the media's full path.
         Raises DriveRefused for media of another geometry or version, media or a window in use, and
         shared memory too small for the window.
         """
-        ftl = Ftl.open(media_path, config, lambda media, _: MediaSwitch(media))
+
+        def wrapped(media: Media, superblocks: Superblocks) -> Media:
+            return MediaSwitch(wrap(media, superblocks) if wrap else media)
+
+        ftl = Ftl.open(media_path, config, wrapped)
         try:
             serial = _serial(media_path)
             path = window_path or SHARED_MEMORY / f"csd-window-{serial}"
@@ -120,6 +131,29 @@ class Drive:
     @property
     def window_bytes(self) -> int:
         return self._controller.window_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the namespace, that holds data."""
+        return self._controller.ftl.used_sectors * SECTOR_BYTES
+
+    def mapped_share(self, slba: int, blocks: int) -> float:
+        """Which part of these blocks holds data; a read of the others takes no flash time."""
+        return float(self._controller.ftl.is_mapped(slba, blocks).mean())
+
+    def ftl_counters(self) -> Counters:
+        """What the FTL wrote and erased since the drive was opened."""
+        return self._controller.ftl.counters()
+
+    def busy_times(self) -> BusyTimes:
+        """How long each channel and die worked since the drive was opened; with time on."""
+        assert self._controller.time is not None
+        return self._controller.time.nand.busy_times()
+
+    def idle_ns(self) -> int:
+        """When the NAND is done with all that was asked for so far; with time on."""
+        assert self._controller.time is not None
+        return self._controller.time.nand.idle_ns()
 
     def connect(self, host_name: str, host_id: str, queue_depth: int = 0) -> QueuePair:
         """A new queue pair. `queue_depth` 0 is the most that there is, as is anything above.

@@ -100,7 +100,7 @@ def _table_step(crc: Any, word: Any) -> Any:
 
 
 _name = _instruction_name()
-_step: Callable[..., Any] = _hardware_step(_name) if _name else _table_step
+crc_step: Callable[..., Any] = _hardware_step(_name) if _name else _table_step
 
 
 @njit(nogil=True, cache=True)
@@ -125,10 +125,10 @@ def _crc_rows(units: Any, checksums: Any) -> None:
         row_d = units[first + 3, : words * 8].view(np.uint64)
         crc_a = crc_b = crc_c = crc_d = ones
         for word in range(words):
-            crc_a = _step(crc_a, row_a[word])
-            crc_b = _step(crc_b, row_b[word])
-            crc_c = _step(crc_c, row_c[word])
-            crc_d = _step(crc_d, row_d[word])
+            crc_a = crc_step(crc_a, row_a[word])
+            crc_b = crc_step(crc_b, row_b[word])
+            crc_c = crc_step(crc_c, row_c[word])
+            crc_d = crc_step(crc_d, row_d[word])
         checksums[first] = _finish(crc_a, units[first], words * 8)
         checksums[first + 1] = _finish(crc_b, units[first + 1], words * 8)
         checksums[first + 2] = _finish(crc_c, units[first + 2], words * 8)
@@ -138,5 +138,5 @@ def _crc_rows(units: Any, checksums: Any) -> None:
         crc = ones
         words_of_row = units[row, : words * 8].view(np.uint64)
         for word in range(words):
-            crc = _step(crc, words_of_row[word])
+            crc = crc_step(crc, words_of_row[word])
         checksums[row] = _finish(crc, units[row], words * 8)

@@ -13,7 +13,9 @@ Window(path, size_bytes)                a file on shared memory, 0644, unlinked 
 UnitCache(capacity_bytes)               key: (model, site)
     .lookup(key, units uint32[n]) -> slots int64[n]             -1: miss
     .copy_out(key, slots int64[m], out uint8[n, unit_bytes], rows int64[m]) -> None
-    .insert(key, units uint32[n], data uint8[n, unit_bytes]) -> int     units kept
+    .claim(key, units uint32[n], unit_bytes) -> Room     slots to fill: .units, .keep
+    .own(room)     its units lie in their slots
+    .insert(key, units uint32[n], data uint8[n, unit_bytes]) -> int     all three; units kept
     .drop(key) .drop_model(model) .clear() .hits .misses .used_bytes .capacity_bytes
 """
 

@@ -7,12 +7,14 @@ was hit. For each (model, site) an int32 array says which slot each unit lies in
 slabs they took until a new size finds none free: the size with most slabs then starts over.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from csd_device.checked_copy import LINE_BYTES, Keep
 from csd_device.gather import gather
 
 U8 = npt.NDArray[np.uint8]
@@ -25,6 +27,7 @@ SLAB_BYTES_MIN = 1 << 20
 SLAB_BYTES_MAX = 16 << 20
 SLABS_AIM = 64
 HIT, TAKEN = 1, 2  # marks of a slot; 0: none
+_NO_SLOTS: I64 = np.empty(0, np.int64)
 
 
 @njit(nogil=True, cache=True)
@@ -44,6 +47,17 @@ def _find_victims(marks: Any, hand: Any, slots: Any) -> Any:
             found += 1
         hand = (hand + 1) % count
     return hand
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Slots that were claimed for units of one site."""
+
+    key: Key
+    unit_bytes: int
+    units: U32
+    slots: I64
+    keep: Keep  # where the units go
 
 
 class _SizeClass:
@@ -96,7 +110,7 @@ class UnitCache:
         self.hits = 0
         self.misses = 0
         self._slab_bytes = min(max(capacity_bytes // SLABS_AIM, SLAB_BYTES_MIN), SLAB_BYTES_MAX)
-        self._memory: U8 = np.empty(capacity_bytes // self._slab_bytes * self._slab_bytes, np.uint8)
+        self._memory = _lines(capacity_bytes // self._slab_bytes * self._slab_bytes)
         self._free_slabs = list(range(0, len(self._memory), self._slab_bytes))[::-1]
         self._classes: dict[int, _SizeClass] = {}
         self._keys: list[Key | None] = []  # by owner number
@@ -132,27 +146,38 @@ class UnitCache:
         lengths = np.full(slots.size, unit_bytes, np.int64)
         gather(self._memory, starts, lengths, rows * unit_bytes, out.reshape(-1))
 
-    def insert(self, key: Key, units: U32, data: U8) -> int:
-        """Keeps data[i] as unit units[i] (no unit twice); how many were new and kept.
+    def claim(self, key: Key, units: U32, unit_bytes: int) -> Room:
+        """Room for the first of these units, as many as fit; none of them may be here.
 
-        A unit larger than a slab is not kept; of more units than fit, the first.
+        Whoever lay there is forgotten. To be filled and then owned, or left: the slots of a room
+        that is not owned are taken again. A unit larger than a slab gets none.
         """
+        assert self._unit_bytes.get(key, unit_bytes) == unit_bytes, "drop the key to change size"
+        sized = self._size_class(unit_bytes, units.size)
+        if sized is None:
+            return Room(key, unit_bytes, units[:0], _NO_SLOTS, Keep(self._memory, _NO_SLOTS))
+        slots = sized.claim(min(units.size, sized.slot_count))
+        self._evict(sized, slots)
+        sized.owners[slots] = -1
+        keep = Keep(self._memory, sized.starts(slots))
+        return Room(key, unit_bytes, units[: slots.size], slots, keep)
+
+    def own(self, room: Room) -> None:
+        """The units that were claimed for lie in their room now."""
+        if room.units.size:
+            self._own(room.key, self._classes[room.unit_bytes], room.units, room.slots)
+
+    def insert(self, key: Key, units: U32, data: U8) -> int:
+        """Keeps data[i] as unit units[i], as many as fit; none may be here. How many were kept."""
         assert data.ndim == 2
         assert data.shape[0] == units.size
         unit_bytes = int(data.shape[1])
-        assert self._unit_bytes.get(key, unit_bytes) == unit_bytes, "drop the key to change size"
-        new = np.flatnonzero(self._find(key, units) < 0)
-        sized = self._size_class(unit_bytes, new.size)
-        if sized is None or not new.size:
-            return 0
-        new = new[: sized.slot_count]
-        slots = sized.claim(new.size)
-        self._evict(sized, slots)
-        self._own(key, sized, units[new], slots)
-        flat = data.reshape(-1)
-        lengths = np.full(new.size, unit_bytes, np.int64)
-        gather(flat, new * unit_bytes, lengths, sized.starts(slots), self._memory)
-        return int(new.size)
+        room = self.claim(key, units, unit_bytes)
+        kept = np.arange(room.units.size) * unit_bytes
+        lengths = np.full_like(kept, unit_bytes)
+        gather(data.reshape(-1), kept, lengths, room.keep.starts, room.keep.memory)
+        self.own(room)
+        return int(kept.size)
 
     def drop(self, key: Key) -> None:
         """Forgets all units of one site."""
@@ -235,3 +260,10 @@ class UnitCache:
             return owner
         self._keys.append(key)
         return len(self._keys) - 1
+
+
+def _lines(size_bytes: int) -> U8:
+    """Memory that starts at a multiple of LINE_BYTES, untouched."""
+    memory: U8 = np.empty(size_bytes + LINE_BYTES, np.uint8)
+    skipped = -memory.ctypes.data % LINE_BYTES
+    return memory[skipped : skipped + size_bytes]

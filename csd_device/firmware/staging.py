@@ -5,9 +5,10 @@
     lease     one piece of the window a target                         window
     bring     from the unit cache, or from NAND with a CRC check       unit cache, FTL
 
-Everything is arrays of unit numbers, ascending; row i of a lease is unit i of them. Misses are read
-in pieces that stay in the processor's cache while they are checked, cached and packed. A command
-stages all of its targets or none: what fails gives back what it had leased.
+Everything is arrays of unit numbers, ascending; row i of a lease is unit i of them. What is read
+goes into its lease and into the unit cache with its CRC32C computed, in one pass where that can be
+(`csd_device.checked_copy`). A command stages all of its targets or none: what fails gives back what
+it had leased.
 
 Units that the media cannot give back, or whose CRC differs, end a command only when all of its
 targets were looked at, so that the host learns at once everything that it has to have from another
@@ -38,7 +39,7 @@ U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES, BULK_BYTES = 1 << 20, 16 << 20
 NO_UNITS: U32 = np.empty(0, np.uint32)
 
 
@@ -193,16 +194,17 @@ class Stager:
         offsets = site.offset_bytes + units.astype(np.int64) * site.unit_bytes
         if copies is not None:
             offsets += copies * site.copy_stride_bytes
+        room = self.cache.claim(site.key, units, site.unit_bytes)
         try:
-            reads = self._ftl.read_units(offsets, site.unit_bytes, data)
+            reads, found = self._ftl.read_checked(offsets, data, room.keep)
         except UnrecoveredRead as error:
             reads, unread = self._read_apart(offsets, data, error)
             lost = unread | (crc32c_units(data) != site.crcs[units])
             status, why = error.status, error.detail
         else:
-            found, expected = crc32c_units(data), site.crcs[units]
+            expected = site.crcs[units]
             if np.array_equal(found, expected):
-                self.cache.insert(site.key, units, data)
+                self.cache.own(room)
                 return reads
             lost = found != expected
             at = int(np.argmax(lost))
@@ -348,8 +350,13 @@ def _by_copy(site: SiteRecord, units: U32, lost: Flags, copies: I64 | None) -> l
 
 
 def _pieces(rows: I64, unit_bytes: int) -> Iterator[I64]:
-    """Runs of rows of at most PIECE_BYTES, and of one unit at least."""
-    step = max(1, PIECE_BYTES // unit_bytes)
+    """Parts of the rows to be read at once, of one unit at least.
+
+    Rows side by side go straight to the window, in parts of at most BULK_BYTES; others by way of
+    scratch memory that stays in the processor's cache, PIECE_BYTES of it.
+    """
+    side_by_side = rows.size > 0 and int(rows[-1]) - int(rows[0]) + 1 == rows.size
+    step = max(1, (BULK_BYTES if side_by_side else PIECE_BYTES) // unit_bytes)
     return (rows[start : start + step] for start in range(0, rows.size, step))
 
 

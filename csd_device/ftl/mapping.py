@@ -92,6 +92,19 @@ def cut_units(table: U32, offsets: I64, unit_bytes: int, out: U8) -> I64:
     return pieces[: _cut(table, offsets, unit_bytes, out, pieces)]
 
 
+def whole_units(pieces: I64, count: int, unit_bytes: int) -> I64 | None:
+    """The media address of each unit of `cut_units` [count]; None when one is in several pieces."""
+    targets = np.arange(count) * unit_bytes
+    piece = np.searchsorted(pieces[:, 2], targets, side="right") - 1
+    if not pieces.size or piece[0] < 0:
+        return None
+    inner = targets - pieces[piece, 2]
+    if (inner + unit_bytes > pieces[piece, 1]).any():
+        return None
+    starts: I64 = pieces[piece, 0] + inner
+    return starts
+
+
 def lpns_of(offsets: I64, unit_bytes: int) -> tuple[I64, I64]:
     """The logical sectors of each unit, one after the other, and the row of the unit of each."""
     first = offsets // SECTOR_BYTES

@@ -20,6 +20,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from csd_device.checked_copy import Keep, can_copy_checked
 from csd_device.config import SECTOR_BYTES, DriveConfig
 from csd_device.errors import (
     CapacityExceeded,
@@ -33,13 +34,15 @@ from csd_device.ftl.checkpoint import Checkpoint, Progress
 from csd_device.ftl.collector import Collector
 from csd_device.ftl.folder import MediaFolder
 from csd_device.ftl.journal import Journal
-from csd_device.ftl.mapping import cut_units, extra_by_page, lpns_of, pages_of
+from csd_device.ftl.mapping import cut_units, extra_by_page, lpns_of, pages_of, whole_units
 from csd_device.ftl.placement import NO_POINTER, Placement, Stream, SuperblockRetired
 from csd_device.ftl.programs import PagePrograms, Work
 from csd_device.ftl.recovery import Recovered, checkpoint_arrays, recover
 from csd_device.ftl.two_way_map import TwoWayMap
-from csd_device.nand.media import FileMedia, Media, Pieces, Retries
+from csd_device.gather import gather
+from csd_device.nand.media import FileMedia, Media, Pieces, Retries, direct_copy
 from csd_device.nand.superblocks import Superblocks, SuperblockState
+from csd_protocol.crc32c import crc32c_units
 
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
@@ -207,6 +210,25 @@ class Ftl:
     def media(self) -> Media:
         """The cells, as they were wrapped."""
         return self._media
+
+    def read_checked(self, offsets_bytes: I64, out: U8, keep: Keep) -> tuple[PageReads, U32]:
+        """`read_units`, the CRC32C of each unit with it [n]; the first ones go to `keep` as well.
+
+        In one pass where the media is direct, each unit lies in one piece and all places are
+        multiples of 64.
+        """
+        copy_units, unit_bytes = direct_copy(self._media), out.shape[1]
+        if copy_units and can_copy_checked(out, keep):
+            self._check_bytes(int(offsets_bytes.min()), int(offsets_bytes.max()) + unit_bytes)
+            pieces = cut_units(self._table, offsets_bytes, unit_bytes, out.reshape(-1))
+            starts = whole_units(pieces, offsets_bytes.size, unit_bytes)
+            if starts is not None:
+                checksums = copy_units(starts, out, keep)
+                return PageReads(*pages_of(pieces, self._geometry.sectors_per_page)), checksums
+        reads = self.read_units(offsets_bytes, unit_bytes, out)
+        kept = np.arange(keep.starts.size) * unit_bytes
+        gather(out.reshape(-1), kept, np.full_like(kept, unit_bytes), keep.starts, keep.memory)
+        return reads, crc32c_units(out)
 
     def is_mapped(self, lpn: int, count: int) -> npt.NDArray[np.bool_]:
         """Which of these sectors hold data [count]."""

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,11 +22,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from csd_device.checked_copy import Keep, copy_checked
 from csd_device.errors import DriveRefused, WriteFault
 from csd_device.gather import gather
 from csd_protocol.units import format_size
 
 U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 
 _FALLOC_FL_KEEP_SIZE = 0x01
@@ -79,6 +82,15 @@ class Media(Protocol):
     def close(self) -> None: ...
 
 
+CopyUnits = Callable[[I64, U8, Keep], U32]
+
+
+def direct_copy(media: Media) -> CopyUnits | None:
+    """`copy_checked` from media addresses; None where a read is more than a copy out of memory."""
+    copy: CopyUnits | None = getattr(media, "copy_units", None)
+    return copy
+
+
 class RamMedia:
     """Cells in memory, touched as they are written."""
 
@@ -93,6 +105,9 @@ class RamMedia:
         gather(self._cells, pieces.starts, pieces.lengths, pieces.targets, out)
         return None
 
+    def copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
+        return copy_checked(self._cells, starts, out, keep)
+
     def write(self, start: int, data: U8) -> None:
         _check_range(self, start, data.size)
         self._cells[start : start + data.size] = data
@@ -106,6 +121,38 @@ class RamMedia:
 
     def close(self) -> None:
         pass
+
+
+class HollowMedia:
+    """Cells that keep no bytes: everything reads as zeroes.
+
+    For runs where only times count, on drives larger than any disk at hand. Put around media that
+    stay empty and are closed with these.
+    """
+
+    def __init__(self, inner: Media) -> None:
+        self._inner = inner
+
+    @property
+    def size_bytes(self) -> int:
+        return self._inner.size_bytes
+
+    def gather(self, pieces: Pieces, out: U8) -> Retries | None:
+        for target, length in zip(pieces.targets.tolist(), pieces.lengths.tolist(), strict=True):
+            out[target : target + length] = 0
+        return None
+
+    def write(self, start: int, data: U8) -> None:
+        _check_range(self, start, data.size)
+
+    def erase(self, start: int, length: int) -> None:
+        _check_range(self, start, length)
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class FileMedia:
@@ -133,6 +180,12 @@ class FileMedia:
         gather(self._cells, pieces.starts, pieces.lengths, pieces.targets, out)
         self._bound_mapped(int(pieces.lengths.sum()) + pieces.lengths.size * _FAULT_BYTES)
         return None
+
+    def copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
+        checksums = copy_checked(self._cells, starts, out, keep)
+        runs = 1 + int(np.count_nonzero(np.diff(starts) != out.shape[1]))
+        self._bound_mapped(out.size + runs * _FAULT_BYTES)
+        return checksums
 
     def write(self, start: int, data: U8) -> None:
         _check_range(self, start, data.size)
@@ -184,6 +237,7 @@ class FileMedia:
         self._unchecked_bytes = 0
         if _mapped_file_bytes() - self._others_bytes > MAPPED_BYTES_MAX:
             self._map.madvise(mmap.MADV_DONTNEED)
+            self._others_bytes = _mapped_file_bytes()  # libraries come in as they are used
 
     def _write_zeroes(self, start: int, length: int) -> None:
         for at in range(start, start + length, len(_ZEROES)):

@@ -9,12 +9,13 @@ import typer
 from rich.console import Console
 
 from csd_device.clock import Clock, TimeMode, VirtualClock, WallClock
-from csd_device.config import DriveConfig, load_config, preset_names
+from csd_device.config import DriveConfig, load_config, preset_names, preset_text
 from csd_device.drive import Drive
 from csd_device.errors import DriveRefused
 from csd_device.service import daemon
 from csd_device.service import health as health_check
 from csd_device.service.rehearsal import rehearse
+from csd_device.service.workload_command import workload
 from csd_protocol.address import Address, TcpAddress, parse_address
 from csd_protocol.units import format_size
 
@@ -50,10 +51,33 @@ def _commands() -> None:
 
 
 @app.command()
-def drives() -> None:
-    """List the drives that come along, by name."""
-    for name in preset_names():
-        typer.echo(f"{name}\t{load_config(name).description}")
+def drives(
+    name: Annotated[str | None, typer.Argument(help="One drive, by name or TOML file.")] = None,
+    toml: Annotated[
+        bool, typer.Option("--toml", help="Print that preset's TOML, to start your own from.")
+    ] = False,
+) -> None:
+    """List the drives that come along: capacity, channels x dies x planes, cell, what it is."""
+    try:
+        if toml and name:
+            typer.echo(preset_text(name), nl=False)
+            return
+        for each in [name] if name else preset_names():
+            typer.echo("\t".join(_described(load_config(each))))
+    except DriveRefused as error:
+        Console(stderr=True, highlight=False).print(f"[red]refused:[/] {error}", soft_wrap=True)
+        raise typer.Exit(_EXIT_REFUSED) from None
+
+
+def _described(config: DriveConfig) -> tuple[str, ...]:
+    capacity = f"{config.capacity_bytes / 1e9:,.1f} GB"
+    return (
+        config.name,
+        capacity,
+        config.geometry.layout,
+        config.timing.cell.value,
+        config.description,
+    )
 
 
 @app.command()
@@ -85,6 +109,9 @@ def serve(
     except DriveRefused as error:
         said.print(f"[red]refused:[/] {error}", soft_wrap=True)
         raise typer.Exit(_EXIT_REFUSED) from None
+
+
+app.command()(workload)
 
 
 @app.command()

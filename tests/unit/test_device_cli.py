@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from csd_device.config import preset_names
+from csd_device.config import load_config, preset_names
 from csd_device.service.cli import app
 
 
@@ -49,3 +49,15 @@ def test_a_socket_where_another_daemon_answers(tmp_path: Path) -> None:
 def test_drives_lists_the_presets() -> None:
     listed = CliRunner().invoke(app, ["drives"])
     assert [line.split("\t")[0] for line in listed.stdout.splitlines()] == preset_names()
+
+
+def test_drives_describes_one_and_prints_its_toml(tmp_path: Path) -> None:
+    (line,) = CliRunner().invoke(app, ["drives", "reference"]).stdout.splitlines()
+    assert line.split("\t")[:4] == ["reference", "16.0 GB", "8x4x2", "slc"]
+    printed = CliRunner().invoke(app, ["drives", "edge-gen5", "--toml"]).stdout
+    own = tmp_path / "own.toml"
+    own.write_text(printed)
+    assert load_config(own) == load_config("edge-gen5")
+    refused = CliRunner().invoke(app, ["drives", str(own), "--toml"])
+    assert refused.exit_code == 1
+    assert "no preset" in refused.stderr

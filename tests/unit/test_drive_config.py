@@ -1,11 +1,12 @@
 """Drives as data: presets load, contradictions are refused with their figures."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from csd_device.clock import TimeMode, VirtualClock, WallClock
-from csd_device.config import DriveConfig, Link, load_config, preset_names
+from csd_device.config import DriveConfig, Link, load_config, preset_names, preset_text
 from csd_device.errors import ConfigRefused
 from csd_protocol.units import GIB, MIB
 
@@ -52,6 +53,15 @@ def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
         ("over_provisioning = 0.10", "over_provisioning = 0.001", "4 superblocks of 4.0 MiB"),
         ("blocks_per_plane = 288", "blocks_per_plane = 99_999_999", "16 TiB"),
         ('name = "tiny"', "name = tiny", "not TOML"),
+        ("blocks_per_plane = 288", "", "either geometry.blocks_per_plane or capacity"),
+        ("channels = 8", 'layout = "8x2"', "geometry: .*'8x2'; write channels x dies x planes"),
+        ("channels = 8", 'layout = "8x2x4"', "says planes_per_die = 4, and planes_per_die = 2"),
+        (
+            'name = "tiny"',
+            'name = "tiny"\ncapacity = "2 GB"',
+            "capacity = 1.9 GiB; 8x2x2 with blocks_per_plane = 288 have 1.0 GiB",
+        ),
+        ('name = "tiny"', 'name = "tiny"\ncapacity = "big"', "capacity: .*not a size"),
         ("read_ns = 20_000", "read_ns = [1, 2]", "read_ns has 2 figures; slc has 1"),
         ("read_ns = 20_000", 'cell = "qlc"\nread_ns = [1, 2, 3]', "read_ns has 3.*qlc has 4"),
         ("read_ns = 20_000", "read_ns = -1", "timing.read_ns"),
@@ -70,6 +80,35 @@ def test_a_file_is_read_like_a_preset(tmp_path: Path) -> None:
 def test_contradictions_are_refused(tmp_path: Path, old: str, new: str, reason: str) -> None:
     with pytest.raises(ConfigRefused, match=reason):
         load_config(_changed(tmp_path, old, new))
+
+
+def test_a_layout_states_channels_dies_and_planes(tmp_path: Path) -> None:
+    whole = load_config("tiny")
+    text = "channels = 8\ndies_per_channel = 2\nplanes_per_die = 2"
+    assert load_config(_changed(tmp_path, text, 'layout = "8 x 2 x 2"')) == whole
+    assert whole.geometry.layout == "8x2x2"
+
+
+@pytest.mark.parametrize("capacity, mib", [("1 GB", 953), ("3 GiB", 3072)])
+def test_blocks_follow_from_a_capacity(tmp_path: Path, capacity: str, mib: int) -> None:
+    path = _changed(tmp_path, "blocks_per_plane = 288", "")
+    text = Path(path).read_text().replace('"64 MiB"', '"128 MiB"')
+    Path(path).write_text(f'capacity = "{capacity}"\n{text}')
+    config = load_config(path)
+    assert config.capacity_bytes == mib * MIB
+    superblock = config.geometry.superblock_bytes
+    needed = config.capacity_bytes / (1 - config.ftl.over_provisioning)
+    assert needed <= config.geometry.raw_bytes < needed + MIB + superblock
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_figure_of_a_preset_has_its_source_or_is_called_assumed(name: str) -> None:
+    text = preset_text(name)
+    figures = re.findall(r"^\w+ = [\[\d\"].*$", text, re.MULTILINE)
+    assert figures
+    unremarked = [line for line in figures if "#" not in line]
+    head = text[: text.index("name =")]
+    assert not unremarked or re.search(r"[Ff]igures with no remark|All figures assumed", head)
 
 
 def test_unknown_name_lists_presets() -> None:

@@ -42,11 +42,18 @@ def test_hits_and_misses() -> None:
     assert cache.used_bytes == 3 * 3456
 
 
-def test_what_is_there_is_not_inserted_twice() -> None:
+def test_room_that_is_not_owned_holds_nothing_and_is_taken_again() -> None:
     cache = UnitCache(4 * MIB)
-    for kept in (2, 0):
-        assert cache.insert((1, 0), _units(3, 4), _data((1, 0), _units(3, 4), 100)) == kept
-    assert cache.used_bytes == 200
+    for _ in range(3):
+        room = cache.claim((1, 0), np.arange(1024, dtype=np.uint32), 4096)
+        assert room.units.size == 1024
+        assert not _fetch(cache, (1, 0), _units(0, 1023), 4096).any()
+        assert cache.used_bytes == 0
+
+
+def test_rooms_start_at_multiples_of_a_line() -> None:
+    room = UnitCache(4 * MIB).claim((1, 0), _units(3, 4), 128)
+    assert ((room.keep.starts + room.keep.memory.ctypes.data) % 64 == 0).all()
 
 
 def test_drop_forgets_one_site_and_drop_model_all_of_one() -> None:

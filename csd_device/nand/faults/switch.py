@@ -1,6 +1,6 @@
 """Media whose decorators change while they are in use."""
 
-from csd_device.nand.media import Media
+from csd_device.nand.media import Media, direct_copy
 
 
 class MediaSwitch:
@@ -16,3 +16,4 @@ class MediaSwitch:
         assert media.size_bytes == self.size_bytes
         self.gather, self.write, self.erase = media.gather, media.write, media.erase
         self.sync, self.close = media.sync, media.close
+        self.copy_units = direct_copy(media)

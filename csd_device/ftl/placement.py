@@ -82,8 +82,7 @@ class Placement:
                 self._open(stream)
             length = min(self.room_in(stream) * SECTOR_BYTES, cells.size - at)
             psa = self.pointers[stream]
-            self._write(stream, psa, cells[at : at + length])
-            self._advance(stream, length // SECTOR_BYTES, is_move)
+            self._write(stream, psa, cells[at : at + length], is_move)
             placed.append((psa, length // SECTOR_BYTES))
             at += length
         return placed
@@ -92,10 +91,9 @@ class Placement:
         """Programs the pages that are filled in part."""
         for stream in Stream:
             pointer = self.pointers[stream]
-            if pointer != NO_POINTER:
-                padding = -pointer % self._geometry.sectors_per_page
-                if padding:
-                    self._advance(stream, padding, is_move=stream is Stream.MOVED)
+            padding = -pointer % self._geometry.sectors_per_page
+            if pointer != NO_POINTER and padding:
+                self._advance(stream, padding, is_move=stream is Stream.MOVED)
 
     def erase(self, superblock: int) -> bool:
         """Whether it could be erased. Raises WriteFault when it is not the cells that failed."""
@@ -109,22 +107,31 @@ class Placement:
         self._suspect[superblock] = False
         return True
 
-    def _write(self, stream: Stream, psa: int, cells: U8) -> None:
+    def _write(self, stream: Stream, psa: int, cells: U8, is_move: bool) -> None:
+        sectors = cells.size // SECTOR_BYTES
         try:
             self.media.write(psa * SECTOR_BYTES, cells)
         except WriteFault as fault:
-            if fault.address is None:
+            if fault.address is None:  # who knows how much was written: no page a second time
+                padding = -(psa + sectors) % self._geometry.sectors_per_page
+                self._skip(stream, sectors + padding)
                 raise
             superblock = psa // self.size
             self._superblocks.retire(superblock)
             self._changes.note_event(EventKind.RETIRE, superblock)
             self.pointers[stream] = NO_POINTER
             raise SuperblockRetired from fault
+        self._advance(stream, sectors, is_move)
 
     def _open(self, stream: Stream) -> None:
         superblock = self._superblocks.take_free()
         assert superblock is not None, "room was checked"
-        if self._suspect[superblock] and not self.erase(superblock):
+        try:
+            is_erased = not self._suspect[superblock] or self.erase(superblock)
+        except WriteFault:
+            self._superblocks.put_back(superblock)
+            raise
+        if not is_erased:
             self._superblocks.condemn(superblock)
             self._changes.note_event(EventKind.BAD, superblock)
             raise SuperblockRetired
@@ -142,9 +149,12 @@ class Placement:
         """Moves the write pointer; notes the pages that became full."""
         per_page = self._geometry.sectors_per_page
         before = self.pointers[stream]
-        after = before + sectors
         self.programmed += sectors
-        self._work.note_programs(before // per_page, after // per_page, is_move)
+        self._work.note_programs(before // per_page, (before + sectors) // per_page, is_move)
+        self._skip(stream, sectors)
+
+    def _skip(self, stream: Stream, sectors: int) -> None:
+        after = self.pointers[stream] + sectors
         self.pointers[stream] = after
         if after % self.size == 0:
             self._superblocks.fill(after // self.size - 1)

@@ -71,6 +71,12 @@ class Superblocks:
         self.free_count -= 1
         return chosen
 
+    def put_back(self, superblock: int) -> None:
+        """It was taken, and nothing written to it."""
+        assert self.states[superblock] == SuperblockState.OPEN
+        self.states[superblock] = SuperblockState.FREE
+        self.free_count += 1
+
     def fill(self, superblock: int) -> None:
         assert self.states[superblock] == SuperblockState.OPEN
         self.states[superblock] = SuperblockState.FULL

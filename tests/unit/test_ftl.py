@@ -281,3 +281,23 @@ def test_a_write_fault_leaves_the_old_data(tmp_path: Path) -> None:
     ftl.write(0, _bytes(60, seed=2))
     assert (_read(ftl, 0, 60) == _bytes(60, seed=2)).all()
     ftl.close()
+
+
+def test_a_full_disk_at_the_start_of_a_superblock_costs_none_of_its_neighbours(
+    tmp_path: Path,
+) -> None:
+    media = _FailingMedia(CONFIG.geometry.raw_bytes)
+    ftl = Ftl(media, CONFIG, MediaFolder.open(tmp_path / "d", CONFIG))
+    media.good = 1
+    ftl.write(0, _bytes(64))  # all of a superblock; the next one's first write fails
+    for _ in range(3):
+        media.good = 0
+        with pytest.raises(WriteFault, match="gone"):
+            ftl.write(0, _bytes(5))
+        media.good = -1
+        ftl.flush()
+        ftl.check()
+    ftl.write(64, _bytes(64, seed=1))
+    assert (_read(ftl, 0, 128) == np.concatenate([_bytes(64), _bytes(64, seed=1)])).all()
+    assert ftl.counters().bad_superblocks == 0
+    ftl.close()

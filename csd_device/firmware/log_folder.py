@@ -80,12 +80,12 @@ class LogFolder:
         self._folder.mkdir(exist_ok=True)
         path = self._folder / name
         fresh = path.with_name(name + ".new")
-        with fresh.open("wb") as file:
+        with open(fresh, "wb") as file:
             file.write(data)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        fresh.replace(path)
+        os.replace(fresh, path)
         if durable:
             folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:

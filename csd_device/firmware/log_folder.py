@@ -15,7 +15,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from csd_device.ftl.folder import replace_file, write_all
 from csd_protocol.crc32c import crc32c
 
 FOLDER_NAME = "logs"
@@ -37,15 +36,8 @@ class LogFolder:
 
     def save_life(self, life: dict[str, Any], durable: bool) -> None:
         """Replaces what was saved; `durable`: it then survives a loss of the machine's power."""
-        path, data = self._folder / LIFE_NAME, _seal(life)
         try:
-            self._folder.mkdir(exist_ok=True)
-            if durable:
-                replace_file(path, [data])
-            else:
-                fresh = path.with_name(LIFE_NAME + ".new")
-                fresh.write_bytes(data)
-                fresh.replace(path)
+            self._replace(LIFE_NAME, _seal(life), durable)
         except OSError as error:
             self.write_error = str(error)
 
@@ -61,7 +53,9 @@ class LogFolder:
                 self._folder.mkdir(exist_ok=True)
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                 self._file = os.open(self._folder / RECORDS_NAME, flags, 0o644)
-            write_all(self._file, _seal(record))
+            rest = memoryview(_seal(record))
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
             self._record_count += 1
         except OSError as error:
             self.write_error = str(error)
@@ -70,8 +64,7 @@ class LogFolder:
         """These records in place of all."""
         self.close()
         try:
-            self._folder.mkdir(exist_ok=True)
-            replace_file(self._folder / RECORDS_NAME, map(_seal, records))
+            self._replace(RECORDS_NAME, b"".join(map(_seal, records)), durable=True)
         except OSError as error:
             self.write_error = str(error)
         self._record_count = len(records)
@@ -81,6 +74,24 @@ class LogFolder:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+    def _replace(self, name: str, data: bytes, durable: bool) -> None:
+        """The file has the old content or `data`. Raises OSError."""
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / name
+        fresh = path.with_name(name + ".new")
+        with open(fresh, "wb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(fresh, path)
+        if durable:
+            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def _read_life(self) -> dict[str, Any] | None:
         """None: there is none, or none that can be read."""

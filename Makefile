@@ -52,7 +52,7 @@ demo: $(STAMP)
 	    --max-new-tokens 48 --quality 0.5
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 lint: $(STAMP) proto-check
 	$(BIN)/ruff check .

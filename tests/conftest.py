@@ -6,6 +6,8 @@ processes their cores: OpenMP's threads spin while they wait.
 """
 
 import os
+from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,9 +24,15 @@ if workers > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        folder = item.path.parent.name
-        group = folder if folder in SHARED_FOLDERS else str(item.path.relative_to(config.rootpath))
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """By file, and the shared folders whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FolderScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            folder = PurePosixPath(file).parent
+            return str(folder) if folder.name in SHARED_FOLDERS else file
+
+    return FolderScheduling(config, log)

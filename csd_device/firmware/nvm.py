@@ -71,7 +71,7 @@ def handle_compare(context: Context, command: Compare) -> None:
 def handle_verify(context: Context, command: Verify) -> None:
     """Reads the blocks and moves nothing. Raises what reading raises."""
     _check_range(context, command.blocks.slba, command.blocks.blocks)
-    for piece in _pieces(command.blocks):
+    for piece in _pieces(context, command.blocks):
         _read_for_host(context, piece)
 
 
@@ -118,7 +118,7 @@ def handle_copy(context: Context, command: Copy) -> None:
             raise CommandError(Status.INVALID_FIELD, f"source {source} overlaps the destination")
     at = command.dst_slba
     for source in command.sources:
-        for piece in _pieces(source):
+        for piece in _pieces(context, source):
             _write(context, at, _read(context, piece), fua=False)
             at += piece.blocks
 
@@ -178,6 +178,9 @@ def _check_range(context: Context, slba: int, blocks: int) -> None:
         raise LbaOutOfRange(slba, blocks, context.controller.ftl.capacity_sectors)
 
 
-def _pieces(blocks: BlockRange) -> Iterator[BlockRange]:
-    for start in range(0, blocks.blocks, _PIECE_BLOCKS):
-        yield BlockRange(blocks.slba + start, min(_PIECE_BLOCKS, blocks.blocks - start))
+def _pieces(context: Context, blocks: BlockRange) -> Iterator[BlockRange]:
+    """Of at most what one command may transfer: the FTL has room for that much at a time."""
+    mdts_blocks = context.controller.config.queues.mdts_bytes // SECTOR_BYTES
+    step = min(_PIECE_BLOCKS, mdts_blocks)
+    for start in range(0, blocks.blocks, step):
+        yield BlockRange(blocks.slba + start, min(step, blocks.blocks - start))

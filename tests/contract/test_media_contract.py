@@ -14,36 +14,11 @@ from csd_device.fault_config import FaultsConfig
 from csd_device.nand import FileMedia, Media, Pieces, RamMedia
 from csd_device.nand.faults import NO_SECTORS, FaultCounters, Surroundings, faulty
 from csd_device.nand.faults.power_loss import PowerLoss, PowerSupply
-from csd_device.nand.media import U8, Retries
+from csd_device.nand.media import U8
+from csd_device.nand.passing import PassingMedia
 from csd_device.nand.superblocks import Superblocks
 
 SIZE = 1 << 20
-
-
-class Passing:
-    """A decorator that changes nothing: the shape that faults take."""
-
-    def __init__(self, inner: Media) -> None:
-        self._inner = inner
-
-    @property
-    def size_bytes(self) -> int:
-        return self._inner.size_bytes
-
-    def gather(self, pieces: Pieces, out: U8) -> Retries | None:
-        return self._inner.gather(pieces, out)
-
-    def write(self, start: int, data: U8) -> None:
-        self._inner.write(start, data)
-
-    def erase(self, start: int, length: int) -> None:
-        self._inner.erase(start, length)
-
-    def sync(self) -> None:
-        self._inner.sync()
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 def behind(faults: dict[str, Any]) -> Callable[[Path], Media]:
@@ -61,7 +36,7 @@ def behind(faults: dict[str, Any]) -> Callable[[Path], Media]:
 MAKERS: dict[str, Callable[[Path], Media]] = {
     "ram": lambda folder: RamMedia(SIZE),
     "file": lambda folder: FileMedia(folder / "nand.img", SIZE),
-    "decorated": lambda folder: Passing(RamMedia(SIZE)),
+    "decorated": lambda folder: PassingMedia(RamMedia(SIZE)),
     "no bit errors": behind({"bit_errors": {"rate": 0.0}}),
     "bit errors": behind({"bit_errors": {"rate": 7e-3}}),
     "read retries": behind({"bit_errors": {"rate": 1.2e-2}}),

@@ -5,11 +5,11 @@ restarts, so one `BadBlocks` serves all openings of a drive.
 """
 
 import numpy as np
-from passing_media import PassingMedia
 
 from csd_device.config import Geometry
 from csd_device.errors import WriteFault
 from csd_device.nand.media import U8, Media
+from csd_device.nand.passing import PassingMedia
 
 
 class BadBlocks:

@@ -6,10 +6,9 @@ Nothing is written then, so checkers of cells see nothing of it.
 import errno
 import os
 
-from passing_media import PassingMedia
-
 from csd_device.errors import WriteFault
 from csd_device.nand.media import U8, Media
+from csd_device.nand.passing import PassingMedia
 
 
 class FullDisk:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from checker import Broken
 from cut_files import CutFiles
-from passing_media import PassingMedia
 from simulated_drive import SimulatedFtl
 from simulation import Simulation
 from world import CHECKERS, World, small_drive
@@ -15,6 +14,7 @@ from world import CHECKERS, World, small_drive
 from csd_device.errors import DriveRefused
 from csd_device.ftl import Ftl, PagePrograms
 from csd_device.nand.media import U8, Media, Pieces
+from csd_device.nand.passing import PassingMedia
 
 CONFIG = small_drive()
 SUPERBLOCK_BYTES = CONFIG.geometry.superblock_bytes

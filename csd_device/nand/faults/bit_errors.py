@@ -219,7 +219,7 @@ class BitErrorMedia(Decorator):
 
     def gather(self, pieces: Pieces, out: U8) -> Retries | None:
         """Raises UnrecoveredRead; what could not be corrected is then in `out` as it was sensed."""
-        before = self._inner.gather(pieces, out)
+        before = self.inner.gather(pieces, out)
         found = self._sense(pieces, out)
         count, bits, corrected, retries = found.sums.tolist()
         self._counters.corrected_bits += bits

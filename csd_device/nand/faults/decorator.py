@@ -1,4 +1,4 @@
-"""What every fault shares: the rest of `Media`, its counters, and the arithmetic of sectors."""
+"""What every fault shares: its counters, and the arithmetic of sectors."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_device.config import SECTOR_BYTES
-from csd_device.nand.media import Media, Pieces, Retries
+from csd_device.nand.media import Media, Pieces
+from csd_device.nand.passing import PassingMedia
 
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
@@ -27,31 +28,12 @@ class FaultCounters:
     erase_failures: int = 0
 
 
-class Decorator:
-    """`Media` that passes everything on."""
+class Decorator(PassingMedia):
+    """`Media` with a fault, which counts."""
 
     def __init__(self, inner: Media, counters: FaultCounters) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._counters = counters
-
-    @property
-    def size_bytes(self) -> int:
-        return self._inner.size_bytes
-
-    def gather(self, pieces: Pieces, out: U8) -> Retries | None:
-        return self._inner.gather(pieces, out)
-
-    def write(self, start: int, data: U8) -> None:
-        self._inner.write(start, data)
-
-    def erase(self, start: int, length: int) -> None:
-        self._inner.erase(start, length)
-
-    def sync(self) -> None:
-        self._inner.sync()
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 def sectors_of(pieces: Pieces) -> I64:

@@ -39,12 +39,12 @@ class ProgramFailures(Decorator):
         pages = np.arange(start // page_bytes, -(-(start + data.size) // page_bytes))
         failed = pages[self._fails(pages)]
         if not failed.size:
-            self._inner.write(start, data)
+            self.inner.write(start, data)
             return
         page = int(failed[0])
         address = max(start, page * page_bytes)
         if address > start:
-            self._inner.write(start, data[: address - start])
+            self.inner.write(start, data[: address - start])
         self._counters.program_failures += 1
         block = page // self._geometry.pages_per_superblock
         raise WriteFault(f"page {page} of superblock {block} cannot be programmed", address)
@@ -80,7 +80,7 @@ class EraseFailures(Decorator):
             if self._fails(block):
                 self._counters.erase_failures += 1
                 raise WriteFault(f"superblock {block} cannot be erased", block * size)
-        self._inner.erase(start, length)
+        self.inner.erase(start, length)
 
     def _fails(self, block: int) -> bool:
         erases = int(self._superblocks.erases[block])

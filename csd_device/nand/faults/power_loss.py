@@ -77,25 +77,25 @@ class PowerLoss:
     name = "power loss"
 
     def __init__(self, inner: Media, supply: PowerSupply) -> None:
-        self._inner = inner
+        self.inner = inner
         self._supply = supply
         self._replaced: list[tuple[int, U8]] = []  # start, bytes before; since the last sync
         supply.plug(self._lose)
 
     @property
     def size_bytes(self) -> int:
-        return self._inner.size_bytes
+        return self.inner.size_bytes
 
     def gather(self, pieces: Pieces, out: U8) -> Retries | None:
         if not self._supply.is_on:
             raise PowerCut("read")
-        return self._inner.gather(pieces, out)
+        return self.inner.gather(pieces, out)
 
     def write(self, start: int, data: U8) -> None:
         whole = self._supply.begin()
         done = data if whole else data[: self._supply.part_of(data.size)]
         self._remember(start, done.size)
-        self._inner.write(start, done)
+        self.inner.write(start, done)
         if not whole:
             self._supply.go_off()
 
@@ -104,18 +104,18 @@ class PowerLoss:
         done = length if whole else self._supply.part_of(length // SECTOR_BYTES) * SECTOR_BYTES
         if done:
             self._remember(start, done)
-            self._inner.erase(start, done)
+            self.inner.erase(start, done)
         if not whole:
             self._supply.go_off()
 
     def sync(self) -> None:
         if not self._supply.begin():
             self._supply.go_off()
-        self._inner.sync()
+        self.inner.sync()
         self._replaced.clear()
 
     def close(self) -> None:
-        self._inner.close()
+        self.inner.close()
 
     def _remember(self, start: int, length: int) -> None:
         """What lies there now, in whole sectors."""
@@ -123,7 +123,7 @@ class PowerLoss:
         end = -(-(start + length) // SECTOR_BYTES) * SECTOR_BYTES
         before = np.empty(end - first, np.uint8)
         whole = Pieces(np.array([first]), np.array([before.size]), np.array([0]))
-        self._inner.gather(whole, before)
+        self.inner.gather(whole, before)
         self._replaced.append((first, before))
 
     def _lose(self, rate: float) -> None:
@@ -134,5 +134,5 @@ class PowerLoss:
             kept[first : first + count] |= ~self._supply.losses(count, rate)
             for sector in np.flatnonzero(~kept[first : first + count]).tolist():
                 at = sector * SECTOR_BYTES
-                self._inner.write(start + at, before[at : at + SECTOR_BYTES])
+                self.inner.write(start + at, before[at : at + SECTOR_BYTES])
         self._replaced.clear()

@@ -44,7 +44,7 @@ class UnreadableMedia(Decorator):
         self._bad, self._bad_erases = bad, self._erases_of(bad)
 
     def gather(self, pieces: Pieces, out: U8) -> Retries | None:
-        retries = self._inner.gather(pieces, out)
+        retries = self.inner.gather(pieces, out)
         lost = self._lost_of(sectors_of(pieces))
         if lost.size:
             self._counters.uncorrectable_sectors += lost.size

@@ -1,7 +1,7 @@
 """Units that the media have lost: all of them named, and read from another copy."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from csd_device.errors import UnrecoveredRead
 from csd_device.firmware import commands as c
 from csd_device.ftl import Ftl
 from csd_device.nand.media import Media, Pieces, Retries
+from csd_device.nand.passing import PassingMedia
 from csd_protocol.packed import Role
 from csd_protocol.status import Status
 
@@ -21,17 +22,13 @@ SECTOR = 4096
 NEURONS = 96
 
 
-@dataclass
-class LossyMedia:
-    """Media that cannot give back some sectors. `inner` is what they decorate."""
+class LossyMedia(PassingMedia):
+    """Media that cannot give back some sectors."""
 
-    inner: Media
-    lost: set[int] = field(default_factory=set)  # PSAs
-    named: bool = True  # whether an error says which
-
-    @property
-    def size_bytes(self) -> int:
-        return self.inner.size_bytes
+    def __init__(self, inner: Media) -> None:
+        super().__init__(inner)
+        self.lost: set[int] = set()  # PSAs
+        self.named = True  # whether an error says which
 
     def gather(self, pieces: Pieces, out: np.ndarray) -> Retries | None:
         for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
@@ -41,18 +38,6 @@ class LossyMedia:
                 psas = np.array(bad[:1]) if self.named else None
                 raise UnrecoveredRead(f"sector {bad[0]} cannot be read", psas)
         return self.inner.gather(pieces, out)
-
-    def write(self, start: int, data: np.ndarray) -> None:
-        self.inner.write(start, data)
-
-    def erase(self, start: int, length: int) -> None:
-        self.inner.erase(start, length)
-
-    def sync(self) -> None:
-        self.inner.sync()
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 @dataclass

@@ -1,9 +1,11 @@
-"""A decorator that changes nothing: what faults and planted bugs start from."""
+"""Media that pass everything on: what faults, and any other decorator, start from."""
 
 from csd_device.nand.media import U8, Media, Pieces, Retries
 
 
 class PassingMedia:
+    """`Media` around others."""
+
     def __init__(self, inner: Media) -> None:
         self.inner = inner
 

@@ -9,6 +9,8 @@ import torch
 
 from csd_device.errors import UnrecoveredRead
 from csd_device.ftl import Ftl
+from csd_device.nand.media import Media
+from csd_device.nand.passing import PassingMedia
 from csd_protocol.packed import PackedModel, Role
 from host_client.calibrate.predictor import build_shadow, read_down_norms
 from host_client.cli import reports
@@ -19,15 +21,12 @@ SECTOR = 4096
 NAME = "untied"  # its embedding and its output head are sites of their own
 
 
-class Lossy:
-    """Media that cannot give back some sectors, decorating what `inner` is."""
+class Lossy(PassingMedia):
+    """Media that cannot give back some sectors."""
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, inner: Media) -> None:
+        super().__init__(inner)
         self.lost: set[int] = set()  # PSAs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
 
     def gather(self, pieces: Any, out: np.ndarray) -> Any:
         ends = (pieces.starts + pieces.lengths - 1) // SECTOR
@@ -35,7 +34,7 @@ class Lossy:
             bad = self.lost.intersection(range(first, last + 1))
             if bad:
                 raise UnrecoveredRead(f"sector {min(bad)} cannot be read", np.array(sorted(bad)))
-        return self._inner.gather(pieces, out)
+        return self.inner.gather(pieces, out)
 
 
 class Flash:

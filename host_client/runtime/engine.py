@@ -113,7 +113,8 @@ class Engine:
         self._threads.suit(rows)
         self.tell_residency()
         guided = self._guidance is not None and rows <= GUIDED_TOKENS_MAX
-        if self._prefetcher.next_number not in (None, 0) or guided or self._guided:
+        is_stale = self._prefetcher.has_failed or self._prefetcher.next_number not in (None, 0)
+        if is_stale or guided or self._guided:
             self._drop()
         if self._prefetcher.next_number is None:
             self._next = 0

@@ -129,6 +129,7 @@ class Prefetcher:
         self._bursts: queue.SimpleQueue[_Burst | None] = queue.SimpleQueue()
         self._read_leases: deque[int] = deque()  # to go back with the next command
         self._outstanding: deque[_Request] = deque()
+        self.has_failed = False  # what else was requested then is not worth taking
         self._thread = threading.Thread(target=self._read_all, name="csd-prefetch", daemon=True)
         self._thread.start()
 
@@ -174,6 +175,7 @@ class Prefetcher:
         request = self._outstanding.popleft()
         arrival = request.arrived.get()
         if isinstance(arrival, BaseException):
+            self.has_failed = True
             raise arrival
         return arrival
 
@@ -183,6 +185,7 @@ class Prefetcher:
             arrival = self._outstanding.popleft().arrived.get()
             if isinstance(arrival, Arrival):
                 arrival.finish()
+        self.has_failed = False
         leases = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
         with contextlib.suppress(DriveLost):  # then they are back already
             self._drive.release(leases)

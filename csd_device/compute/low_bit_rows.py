@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from csd_protocol.program_file import level_offset
+from csd_protocol.low_bit import level_offset
 
 F32 = npt.NDArray[np.float32]
 

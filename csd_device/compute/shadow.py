@@ -15,12 +15,12 @@ from csd_device.compute.low_bit_rows import Activations, rows_dot, score_gated
 from csd_device.compute.program import F32, Cost
 from csd_device.compute.tensor_file import TensorFile, invalid
 from csd_device.errors import CommandError
+from csd_protocol.low_bit import check_layout
 from csd_protocol.program_file import (
     ACTIVATIONS,
     Key,
     ProgramKind,
     Tensor,
-    check_layout,
     shadow_layer_bytes,
 )
 from csd_protocol.status import Status

@@ -8,12 +8,11 @@ from safetensors.numpy import load, save
 
 from csd_device.compute import Cost, CostModel, load_program
 from csd_device.errors import CommandError
+from csd_protocol.low_bit import dequantise_rows, quantise_rows
 from csd_protocol.program_file import (
     ShadowLayer,
-    dequantise_rows,
     encode_frequency,
     encode_shadow,
-    quantise_rows,
     shadow_layer_bytes,
 )
 from csd_protocol.status import Status

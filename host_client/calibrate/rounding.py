@@ -4,18 +4,17 @@ Plain rounding takes every weight to its nearest level. Here weights are rounded
 other, and what an input's rounding did wrong on the calibration text is taken up by the inputs that
 follow, as the second moments of the inputs say (GPTQ, Frantar et al., arXiv:2210.17323, from
 Optimal Brain Surgeon). Same levels, same bytes, closed form. Rows share scales in groups as in
-`csd_protocol.program_file`: a value is level * scale, the level a signed integer.
+`csd_protocol.low_bit`, whose layout the result has.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-U8 = npt.NDArray[np.uint8]
-F16 = npt.NDArray[np.float16]
+from csd_protocol.low_bit import LowBitRows, check_layout, level_offset, pack_levels
+
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
@@ -23,28 +22,6 @@ DAMPING = 0.01  # of the mean second moment: keeps inputs that hardly ever vary 
 _CLIP_RATIOS = np.array([1.0, 0.95, 0.9, 0.85, 0.8, 0.75], np.float32)
 _SCALE_LEAST = np.float32(2.0**-24)  # the smallest float16
 _NORMAL_LEAST = np.float32(2.0**-14)  # below this a float16 has fixed steps
-
-
-@dataclass(frozen=True, slots=True)
-class LowBitRows:
-    """Rows as levels and scales. `levels` are stored as the format does, with the offset added."""
-
-    levels: U8  # [rows, cols], unsigned
-    scales: F16  # [rows, cols / group]
-    bits: int
-
-    @property
-    def values(self) -> F32:
-        """What the levels stand for, float32 [rows, cols]."""
-        group = self.levels.shape[1] // self.scales.shape[1]
-        signed = self.levels.astype(np.float32) - np.float32(1 << (self.bits - 1))
-        return signed * np.repeat(self.scales.astype(np.float32), group, axis=1)
-
-
-def round_nearest(values: F32, bits: int, group: int) -> LowBitRows:
-    """Each value of float32 [rows, cols] to its nearest level: no second moments, no look ahead."""
-    rows = np.array(values, np.float32, order="C")
-    return _rounded(rows, np.eye(rows.shape[1], dtype=np.float32), bits, group, across=False)
 
 
 def round_inputs_in_order(values: F32, moments: F64, bits: int, group: int) -> LowBitRows:
@@ -68,15 +45,14 @@ def round_units_in_order(values: F32, moments: F64, bits: int, group: int) -> Lo
 
 def _rounded(rows: F32, factor: F32, bits: int, group: int, across: bool) -> LowBitRows:
     count, width = rows.shape
-    if group <= 0 or width % group or not 2 <= bits <= 8:
-        raise ValueError(f"rows of {width} values in groups of {group} at {bits} bits")
+    check_layout(width, bits, group)
     if not np.isfinite(rows).all():
         raise ValueError("values to round must be finite")
     levels = np.empty((count, width), np.uint8)
     scales = np.empty((count, width // group), np.float32)
     kernel = _round_across if across else _round_along
-    kernel(rows, factor, np.float32(1 << (bits - 1)), group, _CLIP_RATIOS, levels, scales)
-    return LowBitRows(levels, scales.astype(np.float16), bits)
+    kernel(rows, factor, np.float32(level_offset(bits)), group, _CLIP_RATIOS, levels, scales)
+    return LowBitRows(pack_levels(levels, bits), scales.astype(np.float16))
 
 
 def _factor(moments: F64) -> F32:

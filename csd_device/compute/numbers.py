@@ -13,11 +13,12 @@ def whole_number(file: TensorFile, key: Key, least: int, most: int) -> int:
 
 
 def number(file: TensorFile, key: Key, above: float, most: float) -> float:
-    """Raises CommandError (Invalid Program Data) unless it lies above one bound and not beyond
-    the other."""
+    """Raises CommandError (Invalid Program Data) unless it lies above `above` and not beyond
+    `most`.
+    """
     text = file.metadata.get(key, "")
     try:
-        value = float(text)
+        value = float(text.encode("ascii"))
     except ValueError as error:
         raise invalid(f"metadata {key} is {text!r}; wanted a number") from error
     if not above < value <= most:

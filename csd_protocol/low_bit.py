@@ -92,7 +92,9 @@ def pack_levels(levels: U8, bits: int) -> U8:
         planes = [(words >> shift).astype(np.uint8) for shift in (0, 8, 16)]
         return np.concatenate(planes, axis=1)
     bytes_of = levels.reshape(levels.shape[0], -1, 8 // bits)
-    return np.bitwise_or.reduce(bytes_of << np.arange(0, 8, bits, dtype=np.uint8), axis=2)
+    shifted = bytes_of << np.arange(0, 8, bits, dtype=np.uint8)
+    packed: U8 = np.bitwise_or.reduce(shifted, axis=2)
+    return packed
 
 
 def unpack_levels(packed: U8, bits: int) -> U8:
@@ -106,7 +108,7 @@ def unpack_levels(packed: U8, bits: int) -> U8:
         )
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     levels = packed[:, :, None] >> shifts & np.uint8((1 << bits) - 1)
-    return levels.astype(np.uint8, copy=False).reshape(rows, -1)
+    return levels.reshape(rows, -1)
 
 
 def dequantise_rows(packed: U8, scales: F16, bits: int) -> F32:

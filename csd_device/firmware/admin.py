@@ -75,11 +75,13 @@ def handle_format(context: Context, command: Format) -> None:
 
 def handle_load_program(context: Context, command: LoadProgram) -> Dword0:
     """Takes a chunk, or unloads; the result is the program's identifier."""
+    controller = context.controller
     if command.unload:
-        context.controller.programs.unload(command.program)
+        controller.programs.unload(command.program)
     else:
         context.time.receive(len(command.chunk))
-        context.controller.programs.receive(command)
+        controller.programs.receive(command)
+    controller.hosts.forget_program(command.program)
     return Dword0(command.program)
 
 

@@ -46,7 +46,7 @@ class SiteRecord:
     site: int
     name: str
     layer: int
-    is_ffn: bool
+    role: Role
     count: int
     unit_bytes: int
     offset_bytes: int
@@ -194,7 +194,7 @@ def _record(model: int, site: Site, crcs: U32) -> SiteRecord:
         site=site.site,
         name=site.name,
         layer=site.layer,
-        is_ffn=site.role is Role.FFN,
+        role=site.role,
         count=site.count,
         unit_bytes=site.unit_bytes,
         offset_bytes=site.offset_bytes,

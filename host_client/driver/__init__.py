@@ -1,6 +1,14 @@
 """The driver: links to a drive, queue pairs over them, and `Drive`, which the host uses."""
 
-from host_client.driver.commands import Residency, Staged, StagedSite, StageTarget, Timing
+from host_client.driver.commands import (
+    Origin,
+    Residency,
+    Staged,
+    StagedSite,
+    StageTarget,
+    Timing,
+    Told,
+)
 from host_client.driver.drive import Drive
 from host_client.driver.errors import (
     CommandFailed,
@@ -19,6 +27,7 @@ __all__ = [
     "DriveLost",
     "DriveTimeout",
     "DriveUnavailable",
+    "Origin",
     "PendingCommand",
     "QueueFull",
     "Residency",
@@ -26,4 +35,5 @@ __all__ = [
     "Staged",
     "StagedSite",
     "Timing",
+    "Told",
 ]

@@ -11,7 +11,17 @@ import numpy.typing as npt
 from csd_protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from csd_protocol.csd.v1 import csd_pb2 as pb
 from csd_protocol.opcodes import AdminOpcode, ComputeOpcode, NvmOpcode
-from host_client.driver.commands import F32, U32, Residency, Staged, StagedSite, StageTarget, Timing
+from host_client.driver.commands import (
+    F32,
+    NOTHING_TOLD,
+    U32,
+    Residency,
+    Staged,
+    StagedSite,
+    StageTarget,
+    Timing,
+    Told,
+)
 from host_client.driver.errors import CommandFailed
 
 NAMESPACE = 1
@@ -116,7 +126,15 @@ def deallocate(slba: int, blocks: int) -> Command:
 # ---- compute and staging ---------------------------------------------------------------------
 
 
-def execute_program(program: int, model: int, layer: int, hidden: F32, keep: float) -> Command:
+def execute_program(
+    program: int,
+    model: int,
+    layer: int,
+    hidden: F32,
+    keep: float,
+    told: Told = NOTHING_TOLD,
+    token: int = 0,
+) -> Command:
     body = pb.ExecuteProgram(
         program=program,
         model=model,
@@ -124,8 +142,25 @@ def execute_program(program: int, model: int, layer: int, hidden: F32, keep: flo
         hidden=_float_bytes(hidden),
         rows=_rows(hidden),
         keep=keep,
+        token=token,
+        observed=_observed(told),
+        origin=_origin(told),
     )
     what = f"Execute Program {program} for layer {layer}"
+    return _compute(what, ComputeOpcode.EXECUTE_PROGRAM, execute_program=body)
+
+
+def correct(program: int, model: int, layer: int, inputs: F32, computed: U32) -> Command:
+    body = pb.ExecuteProgram(
+        program=program,
+        model=model,
+        layer=layer,
+        hidden=_float_bytes(inputs),
+        rows=_rows(inputs),
+        wanted=pb.ExecuteProgram.WANTED_CORRECTION,
+        units=_word_bytes(computed),
+    )
+    what = f"correction by program {program} for layer {layer}"
     return _compute(what, ComputeOpcode.EXECUTE_PROGRAM, execute_program=body)
 
 
@@ -136,6 +171,7 @@ def predict_and_stage(
     hidden: F32,
     targets: Iterable[StageTarget],
     release: Iterable[int] = (),
+    told: Told = NOTHING_TOLD,
 ) -> Command:
     body = pb.PredictAndStage(
         model=model,
@@ -145,6 +181,8 @@ def predict_and_stage(
         rows=_rows(hidden),
         targets=[_target(target) for target in targets],
         release=release,
+        observed=_observed(told),
+        origin=_origin(told),
     )
     what = f"PREDICT_AND_STAGE of model {model}"
     return _compute(what, ComputeOpcode.PREDICT_AND_STAGE, predict_and_stage=body)
@@ -168,6 +206,22 @@ def _float_bytes(values: F32) -> bytes:
     return np.ascontiguousarray(values, np.dtype("<f4")).tobytes()
 
 
+def _word_bytes(values: U32) -> bytes:
+    return np.ascontiguousarray(values, np.dtype("<u4")).tobytes()
+
+
+def _observed(told: Told) -> list[pb.Observed]:
+    return [
+        pb.Observed(site=site, units=_word_bytes(units)) for site, units in told.observed.items()
+    ]
+
+
+def _origin(told: Told) -> pb.HiddenOrigin | None:
+    if told.origin is None:
+        return None
+    return pb.HiddenOrigin(layer=told.origin.layer, behind_attention=told.origin.behind_attention)
+
+
 def _rows(values: F32) -> int:
     return values.shape[0] if values.ndim == 2 else 1
 
@@ -175,7 +229,7 @@ def _rows(values: F32) -> int:
 def _target(target: StageTarget) -> pb.StageTarget:
     entry = pb.StageTarget(site=target.site, ignore_residency=target.ignore_residency)
     if target.units is not None:
-        entry.units = np.ascontiguousarray(target.units, np.dtype("<u4")).tobytes()
+        entry.units = _word_bytes(target.units)
     elif target.keep is not None:
         entry.keep = target.keep
     else:
@@ -217,6 +271,11 @@ def json_of(completion: pb.CompletionEntry) -> Any:
 
 def units_of(completion: pb.CompletionEntry) -> U32:
     return _units(completion.execute.units)
+
+
+def values_of(completion: pb.CompletionEntry) -> F32:
+    """The values of a correction, float32 [rows * hidden]."""
+    return np.frombuffer(completion.execute.values, np.dtype("<f4"))
 
 
 def staged_of(completion: pb.CompletionEntry) -> Staged:

@@ -50,10 +50,10 @@ def walk(
     """
     with torch.inference_mode():
         hidden = model.embed(windows)
-        known = deque([hidden], maxlen=max([1, *lookaheads]))
+        known: deque[torch.Tensor] = deque(maxlen=max([1, *lookaheads]))
         for number in range(model.shape.layers):
             layer = model.layer(number)
-            passed = _pass(model, layer, hidden)
+            passed = _pass(model, layer.cast(model.dtype), hidden)
             carry = {
                 ahead: _ridge(_seen(known, hidden, ahead), passed.attended) for ahead in lookaheads
             }
@@ -106,9 +106,9 @@ def _add_moments(total: torch.Tensor, rows: torch.Tensor) -> None:
     total.addmm_(flat.t(), flat)
 
 
-def _seen(known: "deque[torch.Tensor]", hidden: torch.Tensor, lookahead: int) -> torch.Tensor:
+def _seen(known: deque[torch.Tensor], hidden: torch.Tensor, lookahead: int) -> torch.Tensor:
     """The state that a lookahead may see: see `choosers`."""
-    return hidden if lookahead == 0 else known[-min(lookahead, len(known))]
+    return known[-min(lookahead, len(known))] if lookahead and known else hidden
 
 
 def _ridge(seen: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
 A chooser is told of each layer's hidden states as the forward pass reaches them and scores a
 layer's units from what it was allowed to see by then. `lookahead` counts as the runtime does: at 0
 a layer is asked for with the state that enters it, at k with the state behind the attention of the
-layer k before it (or, in the first k layers, with the embedding). `AT_FFN` is no lookahead at all:
-the FFN's own input, which only a bound or a correction may use.
+layer k before it; the first layers take what there is, layer 0 the embedding. `AT_FFN` is no
+lookahead at all: the FFN's own input, which only a bound or a correction may use.
 """
 
 from collections import deque
@@ -88,25 +88,51 @@ class Window:
         return scores + self._counts[views.dense.number]
 
 
-class Shadow:
-    """The FFN's own low-bit gate and up rows, on the hidden state that is there in time."""
+class Known:
+    """The hidden states of a forward pass, of which one is there in time for a layer."""
 
-    def __init__(self, model: DenseModel, low: str, lookahead: int) -> None:
-        self._model, self._low, self._lookahead = model, low, lookahead
-        self._known: deque[torch.Tensor] = deque(maxlen=max(1, lookahead))
+    def __init__(self, lookahead: int) -> None:
+        self._lookahead = lookahead
+        self._states: deque[torch.Tensor] = deque(maxlen=max(1, lookahead))
+
+    def entered(self, layer: int, hidden: torch.Tensor) -> None:
+        if layer == 0 or self._lookahead == 0:
+            self._states.append(hidden)
+
+    def seen(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
+        """What this layer was asked for with; from now on the state behind its attention is known."""
+        seen = attended if self._lookahead == AT_FFN else self._states[0]
+        if self._lookahead > 0:
+            self._states.extend([attended] * (self._lookahead if layer == 0 else 1))
+        return seen
+
+
+class Shadow:
+    """The FFN's own low-bit gate and up rows, on the hidden state that is there in time.
+
+    With `maps` [hidden, hidden] by layer a state is carried to where it is wanted first:
+    state @ map is added to it.
+    """
+
+    def __init__(
+        self,
+        model: DenseModel,
+        low: str,
+        lookahead: int,
+        maps: Mapping[int, torch.Tensor] | None = None,
+    ) -> None:
+        self._model, self._low, self._maps = model, low, maps
+        self._known = Known(lookahead)
 
     def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
-        if views.dense.number == 0:
-            self._known.extend([hidden] * max(1, self._lookahead))
-        elif self._lookahead == 0:
-            self._known.append(hidden)
+        self._known.entered(views.dense.number, hidden)
 
     def scores(
         self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
     ) -> torch.Tensor:
-        seen = attended if self._lookahead == AT_FFN else self._known[0]
-        if self._lookahead > 0:
-            self._known.append(attended)
+        seen = self._known.seen(views.dense.number, attended)
+        if self._maps is not None:
+            seen = seen + seen @ self._maps[views.dense.number]
         return unit_scores(self._model, views.low[self._low], seen)
 
 
@@ -133,38 +159,12 @@ class Rollout:
         self._on_the_way.clear()
         scores = unit_scores(model, low, states[0])
         if self._lookahead > 0:
-            done = views.dense.number + 1 >= self._lookahead
+            number = views.dense.number
+            done = number == 0 or number >= self._lookahead
             for state in [*states[done:], attended]:
                 x = model.ffn_input(low, state)
                 self._on_the_way.append(state + model.summed(low, model.activity(low, x)))
         return scores
-
-
-class Carried:
-    """A linear map takes the hidden state to where it is wanted, then a shadow scores it."""
-
-    def __init__(
-        self, model: DenseModel, low: str, lookahead: int, maps: Mapping[int, torch.Tensor]
-    ) -> None:
-        """maps: by layer, [hidden, hidden]; state @ map is added to the state."""
-        self._model, self._low, self._maps = model, low, maps
-        self._lookahead = lookahead
-        self._known: deque[torch.Tensor] = deque(maxlen=max(1, lookahead))
-
-    def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
-        if views.dense.number == 0:
-            self._known.extend([hidden] * max(1, self._lookahead))
-        elif self._lookahead == 0:
-            self._known.append(hidden)
-
-    def scores(
-        self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
-    ) -> torch.Tensor:
-        seen = self._known[0]
-        if self._lookahead > 0:
-            self._known.append(attended)
-        carried = seen + seen @ self._maps[views.dense.number]
-        return unit_scores(self._model, views.low[self._low], carried)
 
 
 def unit_scores(model: DenseModel, layer: DecoderLayer, attended: torch.Tensor) -> torch.Tensor:

@@ -117,7 +117,7 @@ class DenseModel:
 
     def summed(self, layer: DecoderLayer, activity: torch.Tensor) -> torch.Tensor:
         """What units of this activity add to the residual stream: [..., units] -> [..., hidden]."""
-        return (activity.to(self.dtype) @ layer.down).float()
+        return (activity.to(self.dtype) @ layer.down.to(self.dtype)).float()
 
     def attention(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
         """Causal attention over whole windows; hidden float32 [windows, tokens, hidden]."""

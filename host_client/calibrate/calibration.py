@@ -34,7 +34,8 @@ class LayerStatistics:
     moments: Moments
     counts: U32  # [units], tokens that had the unit in their top third
     dropped: F32  # [units + 1], squared output lost, a token, when only so many units are kept
-    carry: dict[int, torch.Tensor]  # by lookahead: a ridge map from what is known then, [hidden, hidden]
+    attended: torch.Tensor  # [windows, tokens, hidden], behind this layer's attention
+    seen: dict[int, torch.Tensor]  # by lookahead: the same of the state that is known so early
 
 
 def walk(
@@ -45,8 +46,7 @@ def walk(
 ) -> Iterator[LayerStatistics]:
     """Statistics of each layer in order. windows: int64 [windows, tokens].
 
-    `lookaheads`: for each a linear map is fitted that carries the hidden state known so early to
-    where the layer's FFN sees it.
+    `lookaheads`: how early hidden states are wanted in `seen`; see `choosers`.
     """
     with torch.inference_mode():
         hidden = model.embed(windows)
@@ -54,10 +54,10 @@ def walk(
         for number in range(model.shape.layers):
             layer = model.layer(number)
             passed = _pass(model, layer.cast(model.dtype), hidden)
-            carry = {
-                ahead: _ridge(_seen(known, hidden, ahead), passed.attended) for ahead in lookaheads
-            }
-            yield LayerStatistics(layer, passed.moments, passed.counts, passed.dropped, carry)
+            seen = {ahead: _seen(known, hidden, ahead) for ahead in lookaheads}
+            yield LayerStatistics(
+                layer, passed.moments, passed.counts, passed.dropped, passed.attended, seen
+            )
             known.append(passed.attended)
             hidden = passed.hidden
             progress(number + 1, model.shape.layers)
@@ -111,10 +111,13 @@ def _seen(known: deque[torch.Tensor], hidden: torch.Tensor, lookahead: int) -> t
     return known[-min(lookahead, len(known))] if lookahead and known else hidden
 
 
-def _ridge(seen: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The map whose product with `seen` comes closest to wanted - seen, in the least squares."""
-    inputs = seen.flatten(0, 1)
-    targets = wanted.flatten(0, 1) - inputs
+def carrying_map(seen: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """[hidden, hidden]: its product with `seen` comes closest to wanted - seen (ridge)."""
+    return ridge(seen.flatten(0, 1), (wanted - seen).flatten(0, 1))
+
+
+def ridge(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[inputs, targets] of the least squares, from rows [n, inputs] to rows [n, targets]."""
     moments = inputs.t() @ inputs
     moments.diagonal().add_(_RIDGE * moments.diagonal().mean())
     return torch.linalg.solve(moments, inputs.t() @ targets)

@@ -9,7 +9,7 @@ import torch
 
 from csd_protocol.low_bit import LowBitRows
 from csd_protocol.program_file import encode_shadow
-from host_client.calibrate.calibration import walk
+from host_client.calibrate.calibration import carrying_map, walk
 from host_client.calibrate.choosers import (
     AT_FFN,
     Frequency,
@@ -23,7 +23,9 @@ from host_client.calibrate.choosers import (
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.lab import Lab, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
+from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.quality import perplexity_token_by_token
+from host_client.model.errors import MissingTensor
 from host_client.model.safetensors_folder import SafetensorsFolder
 
 NAME = "tied"
@@ -221,7 +223,9 @@ def test_a_walk_says_what_each_layer_did(lab, open_dense, windows) -> None:
         assert found.dropped[third] == pytest.approx(float(lost), rel=1e-3)
         assert found.dropped[-1] == 0
         assert (np.diff(found.dropped) <= 0).all()
-        assert set(found.carry) == {0, 1}
+        assert set(found.seen) == {0, 1}
+        carried = found.seen[1] + found.seen[1] @ carrying_map(found.seen[1], found.attended)
+        assert (carried - found.attended).norm() < (found.seen[1] - found.attended).norm()
 
 
 def test_rows_rounded_with_moments_are_rows_that_programs_take(open_dense, windows) -> None:
@@ -241,3 +245,23 @@ def test_a_group_divides_every_row() -> None:
     assert group_of(96, 64) == 32
     with pytest.raises(ValueError, match="no group"):
         group_of(100)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "scaled"])
+def test_a_packed_model_reads_as_the_checkpoint_it_came_from(lab, name: str) -> None:
+    _, packed = lab.packed(name)
+    found = PackedCheckpoint(lab.drive, packed)
+    with SafetensorsFolder(lab.zoo.folder(name)) as expected:
+        assert set(found.names()) == set(expected.names())
+        assert found.dtype == expected.dtype
+        for tensor in expected.names():
+            rows = expected.shape(tensor)[0]
+            assert found.shape(tensor) == expected.shape(tensor)
+            assert torch.equal(
+                found.read_rows(tensor, 0, rows), expected.read_rows(tensor, 0, rows)
+            ), tensor
+            assert torch.equal(
+                found.read_rows(tensor, 3, rows - 2), expected.read_rows(tensor, 3, rows - 2)
+            ), tensor
+    with pytest.raises(MissingTensor, match="no tensor lm_tail"):
+        found.shape("lm_tail")

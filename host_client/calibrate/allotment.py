@@ -17,7 +17,7 @@ def allot(dropped: F32, weights: F64, kept: int, least: int = 1) -> list[int]:
 
     dropped: float32 [layers, units + 1], squared output lost when so many units are kept, falling
     along a row. weights: [layers]. Every layer keeps at least `least`.
-    Raises ValueError when the layers have no room for `kept`, or it is less than they keep at least.
+    Raises ValueError when the layers cannot keep so many, or so few.
     """
     layers, units = dropped.shape[0], dropped.shape[1] - 1
     if not layers * least <= kept <= layers * units:

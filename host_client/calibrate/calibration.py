@@ -120,4 +120,5 @@ def ridge(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """[inputs, targets] of the least squares, from rows [n, inputs] to rows [n, targets]."""
     moments = inputs.t() @ inputs
     moments.diagonal().add_(_RIDGE * moments.diagonal().mean())
-    return torch.linalg.solve(moments, inputs.t() @ targets)
+    solved: torch.Tensor = torch.linalg.solve(moments, inputs.t() @ targets)
+    return solved

@@ -100,7 +100,7 @@ class Known:
             self._states.append(hidden)
 
     def seen(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
-        """What this layer was asked for with; from now on the state behind its attention is known."""
+        """What this layer was asked for with; `attended` is known from now on."""
         seen = attended if self._lookahead == AT_FFN else self._states[0]
         if self._lookahead > 0:
             self._states.extend([attended] * (self._lookahead if layer == 0 else 1))

@@ -95,7 +95,8 @@ class DenseModel:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [windows, tokens] -> float32 [windows, tokens, hidden]."""
-        return self._embedding[ids].float()
+        rows: torch.Tensor = self._embedding[ids]
+        return rows.float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final hidden states [..., hidden] -> float32 [..., vocabulary]."""
@@ -152,4 +153,5 @@ class DenseModel:
 
 def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
-    return x * cosines + torch.cat([-second, first], dim=-1) * sines
+    turned: torch.Tensor = x * cosines + torch.cat([-second, first], dim=-1) * sines
+    return turned

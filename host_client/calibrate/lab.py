@@ -26,7 +26,7 @@ _LOGIT_ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One curve's point: who chooses, how many units of each layer, and what is done for the rest."""
+    """A point of a curve: who chooses, how many units of each layer, what is done for the rest."""
 
     program: str  # the curve it belongs to
     chooser: Callable[[], Chooser]
@@ -232,7 +232,7 @@ def _count(
 def _add_losses(
     losses: _Losses, truth: torch.Tensor, log_p: torch.Tensor, targets: torch.Tensor
 ) -> None:
-    """truth, log_p: log probabilities [positions, vocabulary] of the dense model and of a setting."""
+    """truth, log_p: log probabilities [positions, vocabulary] of the dense model and a setting."""
     losses.nll -= float(log_p.gather(1, targets[:, None]).double().sum())
     losses.kl += float((truth.exp() * (truth - log_p)).sum())
     losses.agreed += int((truth.argmax(-1) == log_p.argmax(-1)).sum())

@@ -44,18 +44,24 @@ def round_layer(
     layer: DecoderLayer, bits: int, group: int, moments: Moments | None = None
 ) -> RolloutLayer:
     """The layer's rows at `bits` bits; with moments gate, up, down, q, k and v are made to fit."""
+    before_attention: F64 | None = None
+    before_ffn: F64 | None = None
+    active: F64 | None = None
+    if moments is not None:
+        before_attention, before_ffn = moments.attention, moments.ffn
+        active = moments.activity
     ffn = ShadowLayer(
         norm=layer.norm.numpy(),
-        gate=_along(layer.gate, bits, group, moments and moments.ffn),
-        up=_along(layer.up, bits, group, moments and moments.ffn),
+        gate=_along(layer.gate, bits, group, before_ffn),
+        up=_along(layer.up, bits, group, before_ffn),
         down_norm=layer.down_norm.numpy(),
-        down=_rounded(layer.down, round_units_in_order, bits, group, moments and moments.activity),
+        down=_rounded(layer.down, round_units_in_order, bits, group, active),
     )
     attention = AttentionLayer(
         norm=layer.attn_norm.numpy(),
-        q=_along(layer.q, bits, group, moments and moments.attention),
-        k=_along(layer.k, bits, group, moments and moments.attention),
-        v=_along(layer.v, bits, group, moments and moments.attention),
+        q=_along(layer.q, bits, group, before_attention),
+        k=_along(layer.k, bits, group, before_attention),
+        v=_along(layer.v, bits, group, before_attention),
         o=_along(layer.o, bits, group, None),
     )
     return RolloutLayer(attention=attention, ffn=ffn)

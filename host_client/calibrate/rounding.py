@@ -1,4 +1,4 @@
-"""Low-bit levels rounded with a look at the inputs: each rounding error is made up by later weights.
+"""Low-bit levels rounded with a look at the inputs: later weights make up for earlier errors.
 
 Plain rounding takes every weight to its nearest level. Here weights are rounded one input after the
 other, and what an input's rounding did wrong on the calibration text is taken up by the inputs that

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from host_client.calibrate.builders import WINDOW_DECAY, WINDOW_TOKENS
 from host_client.calibrate.calibration import walk
 from host_client.calibrate.choosers import (
     AT_FFN,
@@ -24,7 +25,6 @@ from host_client.calibrate.choosers import (
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.lab import WANTED_SHARE, Lab, LabReport, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
-from host_client.calibrate.builders import WINDOW_DECAY, WINDOW_TOKENS
 
 Progress = Callable[[int, int], None]
 
@@ -71,7 +71,12 @@ def parse(text: str) -> Asked:
     share = float(kept) if kept.replace(".", "", 1).isdigit() else 0.0
     lookahead = int(ahead) if ahead.isdigit() else AT_FFN
     wrong_ahead = bool(ahead) and (program not in _NEED_LOOKAHEAD or not ahead.isdigit())
-    if program not in PROGRAMS or not 0 < share <= 1 or wrong_ahead or correct != "correct" * bool(plus):
+    if (
+        program not in PROGRAMS
+        or not 0 < share <= 1
+        or wrong_ahead
+        or correct != "correct" * bool(plus)
+    ):
         raise ValueError(
             f"{text!r} is no setting. Write PROGRAM[@LOOKAHEAD]:KEPT[+correct], PROGRAM one of "
             f"{', '.join(PROGRAMS)}, like rollout@1:0.33+correct"

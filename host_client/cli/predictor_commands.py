@@ -7,8 +7,8 @@ import typer
 from rich.table import Table
 
 from csd_protocol.units import format_size
-from host_client.calibrate.predictor import load_predictor
 from host_client.calibrate.builders import Recipe
+from host_client.calibrate.predictor import load_predictor
 from host_client.calibrate.preparation import Kind, build_predictor
 from host_client.calibrate.text import calibration_windows
 from host_client.cli.console import TimeMode, open_drive, out, progress_count
@@ -36,9 +36,7 @@ def build(
     lookahead: Annotated[
         int, typer.Option(help="lowrank, mlp: layers ahead that it is fitted to.", min=0, max=8)
     ] = LOOKAHEAD_DEFAULT,
-    context: Annotated[
-        int, typer.Option(help="rollout: tokens that it remembers.", min=1)
-    ] = 2048,
+    context: Annotated[int, typer.Option(help="rollout: tokens that it remembers.", min=1)] = 2048,
     tokens: Annotated[int, typer.Option(help="Tokens of calibration text.", min=2)] = 4096,
     text: Annotated[
         list[Path] | None,

@@ -116,7 +116,7 @@ def shadow_file(model: DenseModel) -> bytes:
 
 
 def test_better_informed_choosers_choose_better(open_dense, windows) -> None:
-    """The oracle, the true input, a state carried forward, and the same state raw, in this order."""
+    """The oracle, the true input, a state carried forward, the same state raw, in this order."""
     model = open_dense(NAME)
     keep = kept(model, 1 / 3)
     settings = [

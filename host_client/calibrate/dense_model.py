@@ -142,7 +142,8 @@ class DenseModel:
         return cosines[0], sines[0]
 
     def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.unflatten(2, (-1, self.shape.head_dim)).transpose(1, 2)
+        heads: torch.Tensor = rows.unflatten(2, (-1, self.shape.head_dim))
+        return heads.transpose(1, 2)
 
     def _product(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return F.linear(x.to(self.dtype), rows.to(self.dtype)).float()

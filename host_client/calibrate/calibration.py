@@ -22,6 +22,8 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 U32 = npt.NDArray[np.uint32]
 
+# The few units of a huge activity would rule the moments, and those are never left out.
+COMPUTED_SHARE = 0.1
 _RIDGE = 1e-2  # of the mean second moment
 _WINDOWS_AT_ONCE = 4
 
@@ -86,9 +88,10 @@ def _pass(model: DenseModel, layer: DecoderLayer, hidden: torch.Tensor) -> _Pass
         x = model.ffn_input(layer, attended[-1])
         _add_moments(ffn, x)
         activity = model.activity(layer, x)
-        _add_moments(active, activity)
         left.append(attended[-1] + model.summed(layer, activity))
-        scores = activity.abs_().mul_(layer.down_norm).flatten(0, 1)
+        scores = (activity.abs() * layer.down_norm).flatten(0, 1)
+        left_out = ~top(scores, round(COMPUTED_SHARE * units)).view_as(activity)
+        _add_moments(active, activity.mul_(left_out))
         counts += top(scores, third).sum(0)
         squares = scores.sort(dim=1).values.pow_(2).mean(0) * (scores.shape[0] / tokens)
         dropped[:-1] += squares.cumsum(0).flip(0)

@@ -29,7 +29,7 @@ class Moments:
 
     attention: F64  # [hidden, hidden], behind the norm before attention
     ffn: F64  # [hidden, hidden], behind the norm before the FFN
-    activity: F64  # [units, units]
+    activity: F64  # [units, units], of the units that a correction speaks for
 
 
 def group_of(*widths: int) -> int:

@@ -4,10 +4,14 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import torch
 
 from csd_protocol.packed import PackedModel
 from host_client.calibrate.builders import Builder, Recipe
+from host_client.calibrate.calibration import walk
+from host_client.calibrate.dense_model import DenseModel
+from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.predictor import (
     build_frequency,
     build_shadow,
@@ -52,6 +56,15 @@ def calibrate(
     finally:
         runtime_of(model).close()
     return store_frequencies(drive, packed.name, counts, tokens)
+
+
+def recalibrate(
+    drive: Drive, packed: PackedModel, windows: torch.Tensor, progress: Progress
+) -> PackedModel:
+    """Count on other text, layer by layer off the drive, no budget asked. The new manifest."""
+    model = DenseModel(PackedCheckpoint(drive, packed))
+    counts = np.stack([found.counts for found in walk(model, windows, progress=progress)])
+    return store_frequencies(drive, packed.name, counts, windows.numel())
 
 
 class Kind(StrEnum):

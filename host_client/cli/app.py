@@ -51,6 +51,11 @@ class Commands(OnDemandGroup):
             "Print controller, namespace, window and loaded programs.",
         ),
         "log": Entry(f"{_CLI}.drive_commands", "log", "Print a log page: smart, error or stage."),
+        "calibrate": Entry(
+            f"{_CLI}.calibrate_commands",
+            "calibrate",
+            "Count how often each neuron is wanted on this text, and keep the counts on the drive.",
+        ),
         "predictor": Entry(
             f"{_CLI}.predictor_commands",
             "app",

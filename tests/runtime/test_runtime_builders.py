@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from host_client.calibrate.builders import Recipe
+from host_client.calibrate.calibration import walk
 from host_client.calibrate.choosers import unit_scores
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
 from host_client.calibrate.predictor import load_predictor
-from host_client.calibrate.preparation import Kind, build_predictor
+from host_client.calibrate.preparation import Kind, build_predictor, recalibrate
 from host_client.driver.commands import Origin, Told
+from host_client.model.catalog import read_frequencies
 from host_client.model.errors import UnsupportedModel
 from host_client.model.safetensors_folder import SafetensorsFolder
 
@@ -108,3 +110,15 @@ def test_scaled_positions_are_refused_for_a_rollout(lab) -> None:
     _, packed = lab.packed("scaled")
     with pytest.raises(UnsupportedModel, match="Build a shadow"):
         build_predictor(lab.drive, packed, Kind.ROLLOUT, silent, Recipe())
+
+
+def test_counts_on_other_text_replace_the_earlier_ones(make_lab, tokens_of) -> None:
+    lab = make_lab()
+    _, packed = lab.packed(NAME)
+    windows = torch.cat([tokens_of(lab, NAME, 16, seed=seed) for seed in range(4)])
+    model = DenseModel(SafetensorsFolder(lab.zoo.folder(NAME)))
+    for part in (windows[:2], windows):
+        packed = recalibrate(lab.drive, packed, part, silent)
+        assert packed.frequency_tokens == part.numel()
+        expected = np.stack([found.counts for found in walk(model, part)])
+        assert np.array_equal(read_frequencies(lab.drive, packed), expected)

@@ -546,12 +546,11 @@ def test_heads_are_scored_by_programs_of_heads(open_drive: OpenDrive) -> None:
 def test_dram_that_is_not_there_is_refused_with_figures(open_drive: OpenDrive) -> None:
     drive = open_drive()
     free = dram(drive)["free"]
-    large = encode_frequency(MODEL, {0: np.zeros(free // 4 + 1)})
-    error = failure(lambda: drive.load_program(PROGRAM, large))
+    error = failure(lambda: drive.load_program(PROGRAM, bytes(free + 1)))
     assert error.status is Status.INSUFFICIENT_PROGRAM_RESOURCES
     assert f"program.{PROGRAM} asks for" in str(error)
     assert "are free" in str(error)
-    larger = encode_frequency(MODEL, {0: np.zeros(sum(dram(drive).values()) // 4)})
+    larger = bytes(drive.identify(Cns.WINDOW)["dram"]["total"] + 1)
     assert failure(lambda: drive.load_program(PROGRAM, larger)).status is Status.PROGRAM_TOO_BIG
     assert dram(drive)["free"] == free
 

@@ -212,6 +212,20 @@ def test_a_rollout_carries_states_through_its_layers(bits: int) -> None:
             assert_close(run.score(number)[0], expected[number])
 
 
+@pytest.mark.parametrize("kind", ["rollout", "farsight"])
+def test_a_new_text_is_as_if_the_host_were_new(kind: str) -> None:
+    program = loaded(file_of(kind))
+    memory = program.new_memory()
+    for at, (first, rows) in enumerate(TALK):
+        given = ProgramInput(random(at, rows, HIDDEN), first, ENTERED_0)
+        program.begin(given, memory).score(LAYERS - 1)
+    anew = ProgramInput(random(99, 2, HIDDEN), 0, ENTERED_0)
+    np.testing.assert_array_equal(
+        program.begin(anew, memory).score(LAYERS - 1)[0],
+        program.begin(anew, program.new_memory()).score(LAYERS - 1)[0],
+    )
+
+
 def test_a_rollout_passes_each_layer_once() -> None:
     program = loaded(file_of("rollout"))
     given = ProgramInput(input_of("rollout"), origin=Origin(0, behind_attention=True))

@@ -14,7 +14,14 @@ from rich.table import Table
 
 from benchmarks.ratio import Ratio
 
-BENCHMARKS = ("window_reads", "timeline", "random_reads", "stage_latency", "generate")
+BENCHMARKS = (
+    "window_reads",
+    "timeline",
+    "random_reads",
+    "program_rows",
+    "stage_latency",
+    "generate",
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -2,5 +2,15 @@
 
 from csd_device.compute.loading import load_program
 from csd_device.compute.program import Cost, CostModel, Origin, Program, ProgramInput, Run
+from csd_device.compute.rehearsal import rehearse_kernels
 
-__all__ = ["Cost", "CostModel", "Origin", "Program", "ProgramInput", "Run", "load_program"]
+__all__ = [
+    "Cost",
+    "CostModel",
+    "Origin",
+    "Program",
+    "ProgramInput",
+    "Run",
+    "load_program",
+    "rehearse_kernels",
+]

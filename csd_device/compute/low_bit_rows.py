@@ -5,7 +5,8 @@ byte (or in its three-byte word, at 3 bits), so that one packed byte meets one i
 The levels stay unsigned in the inner loop; what their offset adds is taken off once a group, as
 offset * scale * (sum of the group's inputs). The inner loop runs over the bytes of one group and
 adds into one accumulator a byte position, which compiles to wide vector instructions with no sum
-across lanes until the row's end. `add_rows` runs the same way backwards: accumulators are planes.
+across lanes until the row's end; at 3 bits, where a group has few words, it runs over the whole row
+with a scale for each. `add_rows` runs the same way backwards: its accumulators are planes.
 """
 
 from collections.abc import Callable
@@ -110,8 +111,8 @@ def add_rows(rows: PackedRows, factors: F32, chosen: I64 = ALL_ROWS) -> F32:
     inputs, groups = factors.shape[0], rows.scales.shape[1]
     planes = np.zeros((inputs, places, rows.columns // places), np.float32)
     group_sums = np.zeros((inputs, groups), np.float32)
-    kernel = _SUMS[rows.bits]
-    kernel(rows.packed, rows.scales, chosen, factors, planes, group_sums)
+    bits = np.int64(rows.bits)
+    _sum_rows(rows.packed, rows.scales, chosen, factors, bits, planes, group_sums)
     offsets = np.repeat(group_sums * np.float32(level_offset(rows.bits)), rows.columns // groups, 1)
     together: F32 = planes.transpose(0, 2, 1).reshape(inputs, rows.columns) - offsets
     return together
@@ -181,35 +182,32 @@ def _dot_2(
 def _dot_3(
     packed: Any, scales: Any, chosen: Any, planes: Any, group_sums: Any, offset: Any, products: Any
 ) -> None:
-    groups, words = scales.shape[1], packed.shape[1] // 3
-    group_words = words // groups
-    lanes = np.empty(group_words, np.float32)
+    groups, width = scales.shape[1], planes.shape[2]
+    lanes = width // groups
+    words, lane_scales = np.empty(width, np.int32), np.empty(width, np.float32)
     for index in range(products.shape[1]):
         unit = chosen[index] if chosen.size else index
-        low, middle = packed[unit, :words], packed[unit, words : 2 * words]
-        high = packed[unit, 2 * words :]
+        _read_words(packed[unit], words)
+        for group in range(groups):
+            lane_scales[group * lanes : (group + 1) * lanes] = single(scales[unit, group])
         for row in range(planes.shape[0]):
             inputs = planes[row]
-            lanes[:] = 0
-            shift = np.float32(0)
+            shift, total = np.float32(0), np.float32(0)
             for group in range(groups):
-                scale = single(scales[unit, group])
-                shift += scale * group_sums[row, group]
-                for lane in range(group_words):
-                    at = group * group_words + lane
-                    word = np.int32(low[at]) | (np.int32(middle[at]) << np.int32(8))
-                    word |= np.int32(high[at]) << np.int32(16)
-                    lanes[lane] += scale * (
-                        np.float32(word & np.int32(7)) * inputs[0, at]
-                        + np.float32((word >> np.int32(3)) & np.int32(7)) * inputs[1, at]
-                        + np.float32((word >> np.int32(6)) & np.int32(7)) * inputs[2, at]
-                        + np.float32((word >> np.int32(9)) & np.int32(7)) * inputs[3, at]
-                        + np.float32((word >> np.int32(12)) & np.int32(7)) * inputs[4, at]
-                        + np.float32((word >> np.int32(15)) & np.int32(7)) * inputs[5, at]
-                        + np.float32((word >> np.int32(18)) & np.int32(7)) * inputs[6, at]
-                        + np.float32(word >> np.int32(21)) * inputs[7, at]
-                    )
-            products[row, index] = lanes.sum() - offset * shift
+                shift += lane_scales[group * lanes] * group_sums[row, group]
+            for at in range(width):
+                word = words[at]
+                total += lane_scales[at] * (
+                    np.float32(word & np.int32(7)) * inputs[0, at]
+                    + np.float32((word >> np.int32(3)) & np.int32(7)) * inputs[1, at]
+                    + np.float32((word >> np.int32(6)) & np.int32(7)) * inputs[2, at]
+                    + np.float32((word >> np.int32(9)) & np.int32(7)) * inputs[3, at]
+                    + np.float32((word >> np.int32(12)) & np.int32(7)) * inputs[4, at]
+                    + np.float32((word >> np.int32(15)) & np.int32(7)) * inputs[5, at]
+                    + np.float32((word >> np.int32(18)) & np.int32(7)) * inputs[6, at]
+                    + np.float32(word >> np.int32(21)) * inputs[7, at]
+                )
+            products[row, index] = total - offset * shift
 
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
@@ -260,91 +258,46 @@ def _dot_8(
             products[row, index] = lanes.sum() - offset * shift
 
 
-# ---- sums: planes [rows, places, columns / places] and group sums, both zero before -------------
+# ---- sums -------------------------------------------------------------------------------------
 
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
-def _sum_2(
-    packed: Any, scales: Any, chosen: Any, factors: Any, planes: Any, group_sums: Any
+def _sum_rows(
+    packed: Any, scales: Any, chosen: Any, factors: Any, bits: Any, planes: Any, group_sums: Any
 ) -> None:
-    group_bytes = packed.shape[1] // scales.shape[1]
+    """Adds to planes [rows, places, columns / places] and group sums, both zero before.
+
+    One place at a time over the whole row: a loop with one array to write to becomes vector code.
+    """
+    groups, width = scales.shape[1], planes.shape[2]
+    lanes = width // groups
+    words, lane_factors = np.empty(width, np.int32), np.empty(width, np.float32)
+    mask = np.int32((1 << bits) - 1)
     for index in range(factors.shape[1]):
         unit = chosen[index] if chosen.size else index
+        _read_words(packed[unit], words)
         for row in range(planes.shape[0]):
-            first, second = planes[row, 0], planes[row, 1]
-            third, fourth = planes[row, 2], planes[row, 3]
-            for group in range(scales.shape[1]):
+            for group in range(groups):
                 scale = single(scales[unit, group]) * factors[row, index]
                 group_sums[row, group] += scale
-                for at in range(group * group_bytes, (group + 1) * group_bytes):
-                    byte = packed[unit, at]
-                    first[at] += scale * np.float32(np.int32(byte & np.uint8(3)))
-                    second[at] += scale * np.float32(np.int32((byte >> np.uint8(2)) & np.uint8(3)))
-                    third[at] += scale * np.float32(np.int32((byte >> np.uint8(4)) & np.uint8(3)))
-                    fourth[at] += scale * np.float32(np.int32(byte >> np.uint8(6)))
+                lane_factors[group * lanes : (group + 1) * lanes] = scale
+            for place in range(planes.shape[1]):
+                sums, shift = planes[row, place], np.int32(bits * place)
+                for at in range(width):
+                    sums[at] += lane_factors[at] * np.float32((words[at] >> shift) & mask)
 
 
-@njit(nogil=True, cache=True, fastmath=REORDER)
-def _sum_3(
-    packed: Any, scales: Any, chosen: Any, factors: Any, planes: Any, group_sums: Any
-) -> None:
-    words = packed.shape[1] // 3
-    group_words = words // scales.shape[1]
-    for index in range(factors.shape[1]):
-        unit = chosen[index] if chosen.size else index
-        low, middle = packed[unit, :words], packed[unit, words : 2 * words]
-        high = packed[unit, 2 * words :]
-        for row in range(planes.shape[0]):
-            sums = planes[row]
-            for group in range(scales.shape[1]):
-                scale = single(scales[unit, group]) * factors[row, index]
-                group_sums[row, group] += scale
-                for at in range(group * group_words, (group + 1) * group_words):
-                    word = np.int32(low[at]) | (np.int32(middle[at]) << np.int32(8))
-                    word |= np.int32(high[at]) << np.int32(16)
-                    sums[0, at] += scale * np.float32(word & np.int32(7))
-                    sums[1, at] += scale * np.float32((word >> np.int32(3)) & np.int32(7))
-                    sums[2, at] += scale * np.float32((word >> np.int32(6)) & np.int32(7))
-                    sums[3, at] += scale * np.float32((word >> np.int32(9)) & np.int32(7))
-                    sums[4, at] += scale * np.float32((word >> np.int32(12)) & np.int32(7))
-                    sums[5, at] += scale * np.float32((word >> np.int32(15)) & np.int32(7))
-                    sums[6, at] += scale * np.float32((word >> np.int32(18)) & np.int32(7))
-                    sums[7, at] += scale * np.float32(word >> np.int32(21))
-
-
-@njit(nogil=True, cache=True, fastmath=REORDER)
-def _sum_4(
-    packed: Any, scales: Any, chosen: Any, factors: Any, planes: Any, group_sums: Any
-) -> None:
-    group_bytes = packed.shape[1] // scales.shape[1]
-    for index in range(factors.shape[1]):
-        unit = chosen[index] if chosen.size else index
-        for row in range(planes.shape[0]):
-            even, odd = planes[row, 0], planes[row, 1]
-            for group in range(scales.shape[1]):
-                scale = single(scales[unit, group]) * factors[row, index]
-                group_sums[row, group] += scale
-                for at in range(group * group_bytes, (group + 1) * group_bytes):
-                    byte = packed[unit, at]
-                    even[at] += scale * np.float32(np.int32(byte & np.uint8(15)))
-                    odd[at] += scale * np.float32(np.int32(byte >> np.uint8(4)))
-
-
-@njit(nogil=True, cache=True, fastmath=REORDER)
-def _sum_8(
-    packed: Any, scales: Any, chosen: Any, factors: Any, planes: Any, group_sums: Any
-) -> None:
-    group_bytes = packed.shape[1] // scales.shape[1]
-    for index in range(factors.shape[1]):
-        unit = chosen[index] if chosen.size else index
-        for row in range(planes.shape[0]):
-            sums = planes[row, 0]
-            for group in range(scales.shape[1]):
-                scale = single(scales[unit, group]) * factors[row, index]
-                group_sums[row, group] += scale
-                for at in range(group * group_bytes, (group + 1) * group_bytes):
-                    sums[at] += scale * np.float32(np.int32(packed[unit, at]))
+@njit(inline="always")
+def _read_words(row: Any, words: Any) -> None:
+    """The bytes of a row, or at 3 bits its three-byte words, as integers."""
+    width = words.size
+    if row.size == width:
+        for at in range(width):
+            words[at] = np.int32(row[at])
+    else:
+        for at in range(width):
+            word = np.int32(row[at]) | (np.int32(row[width + at]) << np.int32(8))
+            words[at] = word | (np.int32(row[2 * width + at]) << np.int32(16))
 
 
 _DOTS: dict[int, Callable[..., None]] = {2: _dot_2, 3: _dot_3, 4: _dot_4, 8: _dot_8}
-_SUMS: dict[int, Callable[..., None]] = {2: _sum_2, 3: _sum_3, 4: _sum_4, 8: _sum_8}

@@ -51,7 +51,7 @@ class WindowProgram(LayeredProgram[Counts]):
     def score_observed(self, layer: int, words: U32) -> F32:
         """Scores float32 [units] of observations [units]."""
         scores = self.layer(layer).counts.copy()
-        _add_observed(words, self._weights, scores)
+        add_observed(words, self._weights, scores)
         return scores
 
     def cost(self, layer: int, rows: int) -> Cost:
@@ -70,7 +70,7 @@ class _WindowRun:
 
 
 @njit(nogil=True, cache=True)
-def _add_observed(words: npt.NDArray[Any], weights: Any, scores: Any) -> None:
+def add_observed(words: npt.NDArray[Any], weights: Any, scores: Any) -> None:
     for unit in range(words.size):
         word = words[unit]
         for age in range(weights.size):

@@ -8,14 +8,20 @@ from host_client.calibrate.lab import LabReport, Outcome
 _MIB = 1 << 20
 
 
-def write_plot(report: LabReport, title: str, path: Path) -> None:
-    """Needs matplotlib, the extra `plot`: raises ModuleNotFoundError that says so."""
+def check_plot() -> None:
+    """Raises ModuleNotFoundError that says what a plot needs, where it is not installed."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "a plot needs matplotlib: pip install 'flash-csd[plot]'"
-        ) from error
+        needed = "a plot needs matplotlib: pip install 'flash-csd[plot]'"
+        raise ModuleNotFoundError(needed) from error
+
+
+def write_plot(report: LabReport, title: str, path: Path) -> None:
+    """A PNG at `path`. Raises ModuleNotFoundError as `check_plot` does."""
+    check_plot()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for program, outcomes in _curves(report).items():

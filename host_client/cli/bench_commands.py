@@ -13,7 +13,7 @@ from csd_protocol.units import format_size
 from host_client.calibrate.comparison import QualityRow, compare_qualities
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.lab import LabReport
-from host_client.calibrate.plot import write_plot
+from host_client.calibrate.plot import check_plot, write_plot
 from host_client.calibrate.sweep import DEFAULT_SETTINGS, Asked, parse, prepare, sweep
 from host_client.calibrate.text import (
     Split,
@@ -117,6 +117,8 @@ def predictors(
     as_json: Json = False,
 ) -> None:
     """What each predictor and kept share does to the output, on held-out text, without a drive."""
+    if plot is not None:
+        _check_plot()
     source = resolve_source(model)
     asked = _asked(settings or list(DEFAULT_SETTINGS))
     report = _swept(
@@ -128,6 +130,13 @@ def predictors(
         typer.echo(json.dumps({"model": source.name, "bits": bits, **report.model_dump()}))
         return
     out.print(_lab_table(source.name, report))
+
+
+def _check_plot() -> None:
+    try:
+        check_plot()
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="--plot") from None
 
 
 def _asked(settings: list[str]) -> list[Asked]:

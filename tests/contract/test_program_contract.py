@@ -212,6 +212,20 @@ def test_a_rollout_carries_states_through_its_layers(bits: int) -> None:
             assert_close(run.score(number)[0], expected[number])
 
 
+@pytest.mark.parametrize("kind", ["rollout", "farsight"])
+def test_a_new_text_is_as_if_the_host_were_new(kind: str) -> None:
+    program = loaded(file_of(kind))
+    memory = program.new_memory()
+    for at, (first, rows) in enumerate(TALK):
+        given = ProgramInput(random(at, rows, HIDDEN), first, ENTERED_0)
+        program.begin(given, memory).score(LAYERS - 1)
+    anew = ProgramInput(random(99, 2, HIDDEN), 0, ENTERED_0)
+    np.testing.assert_array_equal(
+        program.begin(anew, memory).score(LAYERS - 1)[0],
+        program.begin(anew, program.new_memory()).score(LAYERS - 1)[0],
+    )
+
+
 def test_a_rollout_passes_each_layer_once() -> None:
     program = loaded(file_of("rollout"))
     given = ProgramInput(input_of("rollout"), origin=Origin(0, behind_attention=True))
@@ -546,12 +560,11 @@ def test_heads_are_scored_by_programs_of_heads(open_drive: OpenDrive) -> None:
 def test_dram_that_is_not_there_is_refused_with_figures(open_drive: OpenDrive) -> None:
     drive = open_drive()
     free = dram(drive)["free"]
-    large = encode_frequency(MODEL, {0: np.zeros(free // 4 + 1)})
-    error = failure(lambda: drive.load_program(PROGRAM, large))
+    error = failure(lambda: drive.load_program(PROGRAM, bytes(free + 1)))
     assert error.status is Status.INSUFFICIENT_PROGRAM_RESOURCES
     assert f"program.{PROGRAM} asks for" in str(error)
     assert "are free" in str(error)
-    larger = encode_frequency(MODEL, {0: np.zeros(sum(dram(drive).values()) // 4)})
+    larger = bytes(drive.identify(Cns.WINDOW)["dram"]["total"] + 1)
     assert failure(lambda: drive.load_program(PROGRAM, larger)).status is Status.PROGRAM_TOO_BIG
     assert dram(drive)["free"] == free
 

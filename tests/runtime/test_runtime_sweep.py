@@ -1,5 +1,6 @@
 """`csd bench predictors` on a tiny model: settings as they are written, the rows, the plot."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,9 @@ def test_the_hottest_units_are_counted_over_all_layers() -> None:
     assert not hottest(shares, 0.0).any()
 
 
-def test_a_sweep_gives_a_row_a_setting_and_a_plot(lab, tokens_of, tmp_path: Path) -> None:
+def test_a_sweep_gives_a_row_a_setting_and_a_plot(
+    lab, tokens_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = DenseModel(SafetensorsFolder(lab.zoo.folder(NAME)))
     seen = torch.cat([tokens_of(lab, NAME, 16, seed=seed) for seed in range(8)])
     prepared = prepare(model, seen, 3, True, 0.25, lambda done, total: None)
@@ -57,3 +60,6 @@ def test_a_sweep_gives_a_row_a_setting_and_a_plot(lab, tokens_of, tmp_path: Path
         assert len(row.layers) == model.shape.layers
     write_plot(report, NAME, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install 'flash-csd"):
+        write_plot(report, NAME, tmp_path / "none.png")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 CALIBRATION_WINDOW = 256  # tokens
+CALIBRATED_TOKENS = 6144  # of them, where nothing else is asked for
 
 
 class Split(Enum):

@@ -16,6 +16,7 @@ from host_client.calibrate.lab import LabReport
 from host_client.calibrate.plot import check_plot, write_plot
 from host_client.calibrate.sweep import DEFAULT_SETTINGS, Asked, parse, prepare, sweep
 from host_client.calibrate.text import (
+    CALIBRATED_TOKENS,
     Split,
     calibration_windows,
     default_text,
@@ -98,7 +99,9 @@ def predictors(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of held-out text.", min=2)] = 8192,
-    calibration: Annotated[int, typer.Option(help="Tokens of calibration text.", min=2)] = 4096,
+    calibration: Annotated[
+        int, typer.Option(help="Tokens of calibration text.", min=2)
+    ] = CALIBRATED_TOKENS,
     text: Annotated[
         list[Path] | None,
         typer.Option(help="Text to calibrate on, repeatable; Python's own without.", exists=True),

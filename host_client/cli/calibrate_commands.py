@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from host_client.calibrate.preparation import recalibrate
-from host_client.calibrate.text import calibration_windows
+from host_client.calibrate.text import CALIBRATED_TOKENS, calibration_windows
 from host_client.cli.console import TimeMode, open_drive, out, progress_count
 from host_client.cli.model_commands import load_tokenizer
 from host_client.cli.options import DriveAddress, Model, Time
@@ -20,7 +20,7 @@ def calibrate(
         list[Path] | None,
         typer.Option(help="Text to calibrate on, repeatable; Python's own without.", exists=True),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of it.", min=2)] = 4096,
+    tokens: Annotated[int, typer.Option(help="Tokens of it.", min=2)] = CALIBRATED_TOKENS,
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
 ) -> None:

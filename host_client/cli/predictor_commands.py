@@ -10,7 +10,7 @@ from csd_protocol.units import format_size
 from host_client.calibrate.builders import Recipe
 from host_client.calibrate.predictor import load_predictor
 from host_client.calibrate.preparation import Kind, build_predictor
-from host_client.calibrate.text import calibration_windows
+from host_client.calibrate.text import CALIBRATED_TOKENS, calibration_windows
 from host_client.cli.console import TimeMode, open_drive, out, progress_count
 from host_client.cli.model_commands import load_tokenizer
 from host_client.cli.options import DriveAddress, Model, Time
@@ -37,7 +37,9 @@ def build(
         int, typer.Option(help="lowrank, mlp: layers ahead that it is fitted to.", min=0, max=8)
     ] = LOOKAHEAD_DEFAULT,
     context: Annotated[int, typer.Option(help="rollout: tokens that it remembers.", min=1)] = 2048,
-    tokens: Annotated[int, typer.Option(help="Tokens of calibration text.", min=2)] = 4096,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of calibration text.", min=2)
+    ] = CALIBRATED_TOKENS,
     text: Annotated[
         list[Path] | None,
         typer.Option(help="Text to fit to, repeatable; Python's own without.", exists=True),

@@ -57,9 +57,9 @@ class Asked:
 PROGRAMS = ("oracle", "shadow", "rollout", "frequency", "window")
 _NEED_LOOKAHEAD = ("shadow", "rollout")
 DEFAULT_SETTINGS = (
-    "oracle:0.5 oracle:0.33 shadow@0:0.5 shadow@1:0.5 rollout@0:0.5 rollout@1:0.5 rollout@1:0.33 "
-    "rollout@4:0.5 rollout@1:0.33+correct rollout@1:0.1+correct shadow@1:0.1+correct frequency:0.5 "
-    "window:0.5"
+    "oracle:0.5 oracle:0.33 oracle:0.1 shadow@0:0.5 shadow@1:0.5 shadow@1:0.33 "
+    "rollout@0:0.5 rollout@1:0.5 rollout@1:0.33 rollout@1:0.2 rollout@4:0.5 rollout@4:0.33 "
+    "rollout@1:0.33+correct rollout@1:0.1+correct frequency:0.5 window:0.5"
 ).split()
 
 

@@ -20,6 +20,7 @@ BENCHMARKS = (
     "random_reads",
     "stage_rate",
     "recovery",
+    "program_rows",
     "stage_latency",
     "generate",
 )

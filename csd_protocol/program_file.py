@@ -1,11 +1,7 @@
 """The program format: how a predictor travels from the host that fits it to the drive that runs it.
 
 A program file is a safetensors file whose metadata names the kind; the host writes it (`encode_*`),
-the drive checks and runs it. `docs/PROGRAMS.md` has the tensors of each kind.
-
-Low-bit rows are symmetric: a value is `level * scale`, the level a signed integer of `bits` bits,
-the scale one float16 a group of neighbouring values. A level is stored with its offset added, so as
-an unsigned integer; at 4 bits the value with the even index lies in the low half of its byte.
+the drive checks and runs it. `docs/PROGRAMS.md` has the tensors of each kind and what they mean.
 """
 
 from collections.abc import Mapping
@@ -15,24 +11,33 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 from safetensors.numpy import save
 
-U8 = npt.NDArray[np.uint8]
+from csd_protocol.low_bit import LowBitRows, low_bit_bytes, quantise_rows
+from csd_protocol.packed import Role
+
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
+Arrays = dict[str, npt.NDArray[Any]]
 
 PROGRAM_VERSION = "1"
-LEVEL_BITS = (4, 8)
 ACTIVATIONS = ("silu",)
-
-# How far the largest magnitude of a group may be clipped where that lowers the squared error.
-_CLIP_RATIOS = np.array([1.0, 0.95, 0.9, 0.85, 0.8, 0.75], np.float32)
+ROLES = (Role.FFN, Role.HEADS)  # sites that a program may speak for
+WINDOW_TOKENS_MAX = 32
+CONTEXT_MAX = 1 << 17
 
 
 class ProgramKind(StrEnum):
     FREQUENCY = "frequency"
+    WINDOW = "window"
+    LOWRANK = "lowrank"
+    MLP = "mlp"
+    SVD = "svd"
     SHADOW = "shadow"
+    ROLLOUT = "rollout"
+    FARSIGHT = "farsight"
+    GATE = "gate"
+    ORACLE = "oracle"
 
 
 class Key(StrEnum):
@@ -40,11 +45,20 @@ class Key(StrEnum):
 
     KIND = "csd.program"
     VERSION = "csd.version"
-    MODEL = "csd.model"  # the packed model that it was fitted to, for people
-    BITS = "csd.bits"  # shadow: 4 or 8
-    GROUP = "csd.group"  # shadow: values that share a scale
-    ACTIVATION = "csd.activation"  # shadow: "silu"
-    RMS_EPS = "csd.rms_eps"  # shadow: epsilon of the RMSNorm before the FFN
+    MODEL = "csd.model"  # the packed model that it was fitted to; it runs for no other
+    ROLE = "csd.role"  # sites that it speaks for: "ffn", as without this key, or "heads"
+    BITS = "csd.bits"  # low-bit rows: 2, 3, 4 or 8
+    GROUP = "csd.group"  # low-bit rows: values that share a scale
+    ACTIVATION = "csd.activation"  # of a gated FFN: "silu"
+    RMS_EPS = "csd.rms_eps"  # epsilon of every RMSNorm of the program
+    TOKENS = "csd.tokens"  # window: how many observations back
+    DECAY = "csd.decay"  # window: what one observation further back counts
+    EXPERT_UNITS = "csd.expert_units"  # gate: units of one expert, side by side
+    HEADS = "csd.heads"  # attention: query heads
+    KV_HEADS = "csd.kv_heads"  # attention: key and value heads
+    HEAD_DIM = "csd.head_dim"  # attention: values of one head
+    ROPE_THETA = "csd.rope_theta"  # attention: base of the rotary embedding
+    CONTEXT = "csd.context"  # attention: positions whose keys and values are kept
 
 
 class Tensor(StrEnum):
@@ -52,81 +66,238 @@ class Tensor(StrEnum):
 
     COUNTS = "counts"  # float32 [units]
     NORM = "norm"  # float32 [hidden]
-    GATE = "gate"  # uint8 [units, hidden * bits / 8]
-    UP = "up"  # uint8 [units, hidden * bits / 8]
-    GATE_SCALE = "gate_scale"  # float16 [units, hidden / group]
-    UP_SCALE = "up_scale"  # float16 [units, hidden / group]
     DOWN_NORM = "down_norm"  # float32 [units]
 
-    def of(self, layer: int) -> str:
-        return f"{self.value}.{layer}"
+    GATE = "gate"  # low-bit [units, hidden]
+    UP = "up"  # low-bit [units, hidden]
+    DOWN = "down"  # low-bit [units, hidden]
+    CHANNEL_SCALE = "channel_scale"  # float32 [hidden]
+
+    ATTN_NORM = "attn_norm"  # float32 [hidden]
+    ATTN_CHANNEL_SCALE = "attn_channel_scale"  # float32 [hidden]
+    Q = "q"  # low-bit [heads * head_dim, hidden]
+    K = "k"  # low-bit [kv_heads * head_dim, hidden]
+    V = "v"  # low-bit [kv_heads * head_dim, hidden]
+    O = "o"  # low-bit [hidden, heads * head_dim]  # noqa: E741
+    Q_BIAS = "q_bias"  # float32 [heads * head_dim]
+    K_BIAS = "k_bias"  # float32 [kv_heads * head_dim]
+    V_BIAS = "v_bias"  # float32 [kv_heads * head_dim]
+
+    INNER = "inner"  # float16 [rank, hidden]
+    INNER_BIAS = "inner_bias"  # float32 [rank]
+    OUTER = "outer"  # float16 [units, rank]
+    OUTER_BIAS = "outer_bias"  # float32 [units]
+
+    GATE_INNER = "gate_inner"  # float16 [rank, hidden]
+    GATE_OUTER = "gate_outer"  # float16 [units, rank]
+    UP_INNER = "up_inner"  # float16 [rank, hidden]
+    UP_OUTER = "up_outer"  # float16 [units, rank]
+
+    ROUTER = "router"  # float16 [experts, hidden]
+
+    INPUT_NORM = "input_norm"  # float32 [hidden]
+    INPUT = "input"  # float16 [width, hidden]
+    BLOCK_ATTN_NORM = "block_attn_norm"  # float32 [width]
+    BLOCK_Q = "block_q"  # float16 [heads * head_dim, width]
+    BLOCK_K = "block_k"  # float16 [kv_heads * head_dim, width]
+    BLOCK_V = "block_v"  # float16 [kv_heads * head_dim, width]
+    BLOCK_O = "block_o"  # float16 [width, heads * head_dim]
+    BLOCK_FFN_NORM = "block_ffn_norm"  # float32 [width]
+    BLOCK_GATE = "block_gate"  # float16 [inner, width]
+    BLOCK_UP = "block_up"  # float16 [inner, width]
+    BLOCK_DOWN = "block_down"  # float16 [width, inner]
+    OUTPUT_NORM = "output_norm"  # float32 [width]
+    HEAD = "head"  # float16 [units, width]
+    HEAD_BIAS = "head_bias"  # float32 [units]
+
+    def of(self, number: int) -> str:
+        """The tensor of one layer, or of one block."""
+        return f"{self.value}.{number}"
+
+    def scale_of(self, number: int) -> str:
+        """The scales of a low-bit tensor, float16 [rows, columns / group]."""
+        return f"{self.value}_scale.{number}"
+
+
+# ---- what a program is made of ------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ShadowLayer:
-    """One FFN as a shadow program sees it."""
+    """One FFN as a shadow program sees it.
+
+    Rows as float32 are quantised when they are encoded, gate and up after each of their columns was
+    multiplied by `channel_scale`; rows as LowBitRows are taken as they are.
+    """
 
     norm: F32  # [hidden], weight of the RMSNorm before the FFN
-    gate: F32  # [units, hidden]
-    up: F32  # [units, hidden]
+    gate: F32 | LowBitRows  # [units, hidden]
+    up: F32 | LowBitRows  # [units, hidden]
     down_norm: F32  # [units], L2 norm of each down column
+    down: F32 | LowBitRows | None = None  # [units, hidden], down columns as rows
+    channel_scale: F32 | None = None  # [hidden]; inputs of gate and up are divided by it
 
 
-def level_offset(bits: int) -> int:
-    """What is added to a signed level before it is stored."""
-    return 1 << (bits - 1)
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """One attention as a rollout program sees it; rows as in ShadowLayer."""
+
+    norm: F32  # [hidden], weight of the RMSNorm before attention
+    q: F32 | LowBitRows  # [heads * head_dim, hidden]
+    k: F32 | LowBitRows  # [kv_heads * head_dim, hidden]
+    v: F32 | LowBitRows  # [kv_heads * head_dim, hidden]
+    o: F32 | LowBitRows  # [hidden, heads * head_dim]
+    q_bias: F32 | None = None
+    k_bias: F32 | None = None
+    v_bias: F32 | None = None
+    channel_scale: F32 | None = None  # [hidden]; inputs of q, k and v are divided by it
 
 
-def check_layout(hidden: int, bits: int, group: int) -> None:
-    """Raises ValueError when rows of `hidden` values cannot be stored like this."""
-    if bits not in LEVEL_BITS:
-        raise ValueError(f"{bits} bits a value; this version knows {LEVEL_BITS}")
-    if group <= 0 or hidden % group or group * bits % 8:
-        raise ValueError(f"groups of {group} do not divide rows of {hidden} {bits}-bit values")
+@dataclass(frozen=True, slots=True)
+class RolloutLayer:
+    """One decoder layer; its FFN must have `down`."""
+
+    attention: AttentionLayer
+    ffn: ShadowLayer
 
 
-def quantise_rows(values: F32, bits: int, group: int) -> tuple[U8, F16]:
-    """Low-bit levels and scales of `values` float32 [rows, hidden].
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What attention's tensors do not say."""
 
-    Returns packed levels uint8 [rows, hidden * bits / 8] and scales float16 [rows, hidden / group].
-    The sign of a scale puts the group's largest magnitude on the lowest level, of which there is
-    one more; of several clippings the one with the least squared error is taken.
-    Raises ValueError for a layout that `check_layout` refuses and for values that are not finite.
-    """
-    rows = np.ascontiguousarray(values, np.float32)
-    if rows.ndim != 2:
-        raise ValueError(f"values must be [rows, hidden], not {rows.shape}")
-    check_layout(rows.shape[1], bits, group)
-    if not np.isfinite(rows).all():
-        raise ValueError("values to quantise must be finite")
-    exact = np.empty((rows.shape[0], rows.shape[1] // group), np.float32)
-    _fit_scales(rows, np.int64(group), np.float32(level_offset(bits)), _CLIP_RATIOS, exact)
-    with np.errstate(over="ignore"):
-        scales = exact.astype(np.float16)
-    if not np.isfinite(scales).all():
-        raise ValueError("values are too large for a float16 scale")
-    packed = np.zeros((rows.shape[0], rows.shape[1] * bits // 8), np.uint8)
-    _pack_levels(rows, scales.astype(np.float32), np.int64(group), np.int64(bits), packed)
-    return packed, scales
+    heads: int
+    kv_heads: int
+    head_dim: int  # even
+    rope_theta: float
+    context: int  # positions kept; older ones are forgotten
 
 
-def dequantise_rows(packed: U8, scales: F16, bits: int) -> F32:
-    """The values float32 [rows, hidden] that the levels and scales stand for."""
-    levels = packed
-    if bits == 4:
-        levels = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(packed.shape[0], -1)
-    signed = levels.astype(np.float32) - level_offset(bits)
-    group = signed.shape[1] // scales.shape[1]
-    return signed * np.repeat(scales.astype(np.float32), group, axis=1)
+@dataclass(frozen=True, slots=True)
+class TwoLayers:
+    """Two linear layers over the normed hidden state; `mlp` has a ReLU between them."""
+
+    norm: F32  # [hidden]
+    inner: npt.NDArray[Any]  # [rank, hidden]
+    outer: npt.NDArray[Any]  # [units, rank]
+    inner_bias: F32 | None = None  # [rank]
+    outer_bias: F32 | None = None  # [units]
 
 
-def encode_frequency(model: str, counts: Mapping[int, npt.NDArray[Any]]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class SvdLayer:
+    """One FFN with gate and up as products of thin matrices."""
+
+    norm: F32  # [hidden]
+    gate_inner: npt.NDArray[Any]  # [rank, hidden]
+    gate_outer: npt.NDArray[Any]  # [units, rank]
+    up_inner: npt.NDArray[Any]  # [rank, hidden]
+    up_outer: npt.NDArray[Any]  # [units, rank]
+    down_norm: F32  # [units]
+
+
+@dataclass(frozen=True, slots=True)
+class GateLayer:
+    """The router of one mixture of experts."""
+
+    norm: F32  # [hidden], weight of the RMSNorm before the router
+    router: npt.NDArray[Any]  # [experts, hidden]
+
+
+@dataclass(frozen=True, slots=True)
+class FarsightBlock:
+    """One block of the small transformer: attention, then a gated FFN, each behind an RMSNorm."""
+
+    attn_norm: F32  # [width]
+    q: npt.NDArray[Any]  # [heads * head_dim, width]
+    k: npt.NDArray[Any]  # [kv_heads * head_dim, width]
+    v: npt.NDArray[Any]  # [kv_heads * head_dim, width]
+    o: npt.NDArray[Any]  # [width, heads * head_dim]
+    ffn_norm: F32  # [width]
+    gate: npt.NDArray[Any]  # [inner, width]
+    up: npt.NDArray[Any]  # [inner, width]
+    down: npt.NDArray[Any]  # [width, inner]
+
+
+@dataclass(frozen=True, slots=True)
+class FarsightHead:
+    """What one layer's units are scored with."""
+
+    weight: npt.NDArray[Any]  # [units, width]
+    bias: F32 | None = None  # [units]
+
+
+@dataclass(frozen=True, slots=True)
+class FarsightBody:
+    """The small transformer without its heads."""
+
+    input_norm: F32  # [hidden]
+    input: npt.NDArray[Any]  # [width, hidden]
+    blocks: tuple[FarsightBlock, ...]
+    output_norm: F32  # [width]
+
+
+# ---- writers ------------------------------------------------------------------------------------
+
+
+def encode_frequency(
+    model: str, counts: Mapping[int, npt.NDArray[Any]], *, role: Role = Role.FFN
+) -> bytes:
     """A `frequency` program file from each layer's counts [units]."""
-    tensors = {
-        Tensor.COUNTS.of(layer): np.ascontiguousarray(values, np.float32)
-        for layer, values in counts.items()
-    }
-    return save(tensors, _metadata(ProgramKind.FREQUENCY, model))
+    tensors = {Tensor.COUNTS.of(layer): _single(values) for layer, values in counts.items()}
+    return save(tensors, _metadata(ProgramKind.FREQUENCY, model, role))
+
+
+def encode_window(
+    model: str,
+    counts: Mapping[int, npt.NDArray[Any]],
+    *,
+    tokens: int,
+    decay: float,
+    role: Role = Role.FFN,
+) -> bytes:
+    """A `window` program file; `counts` [units] are added to what the window gives.
+
+    Raises ValueError for more than WINDOW_TOKENS_MAX tokens or a decay that is not in (0, 1].
+    """
+    if not 1 <= tokens <= WINDOW_TOKENS_MAX:
+        raise ValueError(f"a window of {tokens} tokens; 1 to {WINDOW_TOKENS_MAX} are kept")
+    if not 0 < decay <= 1:
+        raise ValueError(f"a decay of {decay}; it lies above 0 and is at most 1")
+    tensors = {Tensor.COUNTS.of(layer): _single(values) for layer, values in counts.items()}
+    window = {Key.TOKENS.value: str(tokens), Key.DECAY.value: repr(float(decay))}
+    return save(tensors, _metadata(ProgramKind.WINDOW, model, role) | window)
+
+
+def encode_lowrank(
+    model: str, layers: Mapping[int, TwoLayers], *, rms_eps: float, role: Role = Role.FFN
+) -> bytes:
+    """A `lowrank` program file: two linear layers and nothing between them."""
+    return _encode_two_layers(ProgramKind.LOWRANK, model, layers, rms_eps, role)
+
+
+def encode_mlp(
+    model: str, layers: Mapping[int, TwoLayers], *, rms_eps: float, role: Role = Role.FFN
+) -> bytes:
+    """An `mlp` program file: two linear layers with a ReLU between them."""
+    return _encode_two_layers(ProgramKind.MLP, model, layers, rms_eps, role)
+
+
+def encode_svd(
+    model: str, layers: Mapping[int, SvdLayer], *, rms_eps: float, activation: str = "silu"
+) -> bytes:
+    """An `svd` program file."""
+    tensors: Arrays = {}
+    for layer, weights in layers.items():
+        tensors |= {
+            Tensor.NORM.of(layer): _single(weights.norm),
+            Tensor.GATE_INNER.of(layer): _half(weights.gate_inner),
+            Tensor.GATE_OUTER.of(layer): _half(weights.gate_outer),
+            Tensor.UP_INNER.of(layer): _half(weights.up_inner),
+            Tensor.UP_OUTER.of(layer): _half(weights.up_outer),
+            Tensor.DOWN_NORM.of(layer): _single(weights.down_norm),
+        }
+    svd = {Key.RMS_EPS.value: repr(float(rms_eps)), Key.ACTIVATION.value: activation}
+    return save(tensors, _metadata(ProgramKind.SVD, model) | svd)
 
 
 def encode_shadow(
@@ -139,91 +310,196 @@ def encode_shadow(
     activation: str = "silu",
 ) -> bytes:
     """A `shadow` program file. Raises ValueError as `quantise_rows` does."""
-    tensors: dict[str, npt.NDArray[Any]] = {}
+    tensors: Arrays = {}
     for layer, weights in layers.items():
-        gate, gate_scale = quantise_rows(weights.gate, bits, group)
-        up, up_scale = quantise_rows(weights.up, bits, group)
+        tensors |= _shadow_tensors(layer, weights, bits, group)
+    shadow = _low_bit_metadata(bits, group, rms_eps, activation)
+    return save(tensors, _metadata(ProgramKind.SHADOW, model) | shadow)
+
+
+def encode_rollout(
+    model: str,
+    layers: Mapping[int, RolloutLayer],
+    shape: AttentionShape,
+    *,
+    bits: int,
+    group: int,
+    rms_eps: float,
+    activation: str = "silu",
+) -> bytes:
+    """A `rollout` program file of consecutive layers. Raises ValueError as `quantise_rows` does."""
+    tensors: Arrays = {}
+    for layer, weights in layers.items():
+        if weights.ffn.down is None:
+            raise ValueError(f"layer {layer}: a rollout needs the rows of down")
+        tensors |= _shadow_tensors(layer, weights.ffn, bits, group)
+        tensors |= _attention_tensors(layer, weights.attention, bits, group)
+    rollout = _low_bit_metadata(bits, group, rms_eps, activation) | _shape_metadata(shape)
+    return save(tensors, _metadata(ProgramKind.ROLLOUT, model) | rollout)
+
+
+def encode_farsight(
+    model: str,
+    body: FarsightBody,
+    heads: Mapping[int, FarsightHead],
+    shape: AttentionShape,
+    *,
+    rms_eps: float,
+    role: Role = Role.FFN,
+) -> bytes:
+    """A `farsight` program file: a small transformer and a head for each layer."""
+    tensors: Arrays = {
+        Tensor.INPUT_NORM.value: _single(body.input_norm),
+        Tensor.INPUT.value: _half(body.input),
+        Tensor.OUTPUT_NORM.value: _single(body.output_norm),
+    }
+    for number, block in enumerate(body.blocks):
+        tensors |= _block_tensors(number, block)
+    for layer, head in heads.items():
+        tensors[Tensor.HEAD.of(layer)] = _half(head.weight)
+        tensors |= _given({Tensor.HEAD_BIAS.of(layer): head.bias})
+    farsight = {
+        Key.RMS_EPS.value: repr(float(rms_eps)),
+        Key.ACTIVATION.value: ACTIVATIONS[0],
+    } | _shape_metadata(shape)
+    return save(tensors, _metadata(ProgramKind.FARSIGHT, model, role) | farsight)
+
+
+def encode_gate(
+    model: str, layers: Mapping[int, GateLayer], *, rms_eps: float, expert_units: int = 1
+) -> bytes:
+    """A `gate` program file; an expert's score is that of each of its `expert_units` units."""
+    tensors: Arrays = {}
+    for layer, weights in layers.items():
+        tensors[Tensor.NORM.of(layer)] = _single(weights.norm)
+        tensors[Tensor.ROUTER.of(layer)] = _half(weights.router)
+    gate = {Key.RMS_EPS.value: repr(float(rms_eps)), Key.EXPERT_UNITS.value: str(expert_units)}
+    return save(tensors, _metadata(ProgramKind.GATE, model) | gate)
+
+
+def encode_oracle(
+    model: str, down_norms: Mapping[int, npt.NDArray[Any]], *, role: Role = Role.FFN
+) -> bytes:
+    """An `oracle` program file: what each true activity [units] is multiplied by."""
+    tensors = {Tensor.DOWN_NORM.of(layer): _single(norm) for layer, norm in down_norms.items()}
+    return save(tensors, _metadata(ProgramKind.ORACLE, model, role))
+
+
+def shadow_layer_bytes(hidden: int, units: int, bits: int, group: int) -> int:
+    """On-drive DRAM that one layer of a shadow program takes, without `down`."""
+    return 2 * low_bit_bytes(units, hidden, bits, group) + 4 * hidden + 4 * units
+
+
+def _encode_two_layers(
+    kind: ProgramKind, model: str, layers: Mapping[int, TwoLayers], rms_eps: float, role: Role
+) -> bytes:
+    tensors: Arrays = {}
+    for layer, weights in layers.items():
         tensors |= {
-            Tensor.NORM.of(layer): np.ascontiguousarray(weights.norm, np.float32),
-            Tensor.GATE.of(layer): gate,
-            Tensor.GATE_SCALE.of(layer): gate_scale,
-            Tensor.UP.of(layer): up,
-            Tensor.UP_SCALE.of(layer): up_scale,
-            Tensor.DOWN_NORM.of(layer): np.ascontiguousarray(weights.down_norm, np.float32),
+            Tensor.NORM.of(layer): _single(weights.norm),
+            Tensor.INNER.of(layer): _half(weights.inner),
+            Tensor.OUTER.of(layer): _half(weights.outer),
         }
-    shadow = {
+        biases = {Tensor.INNER_BIAS: weights.inner_bias, Tensor.OUTER_BIAS: weights.outer_bias}
+        tensors |= _given({name.of(layer): bias for name, bias in biases.items()})
+    return save(tensors, _metadata(kind, model, role) | {Key.RMS_EPS.value: repr(float(rms_eps))})
+
+
+def _shadow_tensors(layer: int, weights: ShadowLayer, bits: int, group: int) -> Arrays:
+    scale = weights.channel_scale
+    tensors: Arrays = {
+        Tensor.NORM.of(layer): _single(weights.norm),
+        Tensor.DOWN_NORM.of(layer): _single(weights.down_norm),
+    }
+    tensors |= _low_bit_tensors(Tensor.GATE, layer, weights.gate, bits, group, scale)
+    tensors |= _low_bit_tensors(Tensor.UP, layer, weights.up, bits, group, scale)
+    if weights.down is not None:
+        tensors |= _low_bit_tensors(Tensor.DOWN, layer, weights.down, bits, group)
+    return tensors | _given({Tensor.CHANNEL_SCALE.of(layer): scale})
+
+
+def _attention_tensors(layer: int, weights: AttentionLayer, bits: int, group: int) -> Arrays:
+    scale = weights.channel_scale
+    tensors: Arrays = {Tensor.ATTN_NORM.of(layer): _single(weights.norm)}
+    scaled = {Tensor.Q: weights.q, Tensor.K: weights.k, Tensor.V: weights.v}
+    for name, rows in scaled.items():
+        tensors |= _low_bit_tensors(name, layer, rows, bits, group, scale)
+    tensors |= _low_bit_tensors(Tensor.O, layer, weights.o, bits, group)
+    biases = {
+        Tensor.Q_BIAS: weights.q_bias,
+        Tensor.K_BIAS: weights.k_bias,
+        Tensor.V_BIAS: weights.v_bias,
+        Tensor.ATTN_CHANNEL_SCALE: scale,
+    }
+    return tensors | _given({name.of(layer): values for name, values in biases.items()})
+
+
+def _block_tensors(number: int, block: FarsightBlock) -> Arrays:
+    matrices = {
+        Tensor.BLOCK_Q: block.q,
+        Tensor.BLOCK_K: block.k,
+        Tensor.BLOCK_V: block.v,
+        Tensor.BLOCK_O: block.o,
+        Tensor.BLOCK_GATE: block.gate,
+        Tensor.BLOCK_UP: block.up,
+        Tensor.BLOCK_DOWN: block.down,
+    }
+    tensors: Arrays = {name.of(number): _half(values) for name, values in matrices.items()}
+    tensors[Tensor.BLOCK_ATTN_NORM.of(number)] = _single(block.attn_norm)
+    tensors[Tensor.BLOCK_FFN_NORM.of(number)] = _single(block.ffn_norm)
+    return tensors
+
+
+def _low_bit_tensors(
+    name: Tensor,
+    layer: int,
+    rows: F32 | LowBitRows,
+    bits: int,
+    group: int,
+    channel_scale: F32 | None = None,
+) -> Arrays:
+    if not isinstance(rows, LowBitRows):
+        scaled = rows if channel_scale is None else rows * channel_scale
+        rows = LowBitRows(*quantise_rows(scaled, bits, group))
+    return {name.of(layer): rows.packed, name.scale_of(layer): rows.scales}
+
+
+def _given(tensors: Mapping[str, F32 | None]) -> Arrays:
+    """Those of the optional tensors that there are."""
+    return {name: _single(values) for name, values in tensors.items() if values is not None}
+
+
+def _single(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(values, np.float32)
+
+
+def _half(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(values, np.float16)
+
+
+def _low_bit_metadata(bits: int, group: int, rms_eps: float, activation: str) -> dict[str, str]:
+    return {
         Key.BITS.value: str(bits),
         Key.GROUP.value: str(group),
         Key.RMS_EPS.value: repr(float(rms_eps)),
         Key.ACTIVATION.value: activation,
     }
-    return save(tensors, _metadata(ProgramKind.SHADOW, model) | shadow)
 
 
-def shadow_layer_bytes(hidden: int, units: int, bits: int, group: int) -> int:
-    """On-drive DRAM that one layer of a shadow program takes."""
-    matrices = 2 * units * (hidden * bits // 8 + 2 * (hidden // group))
-    return matrices + 4 * hidden + 4 * units
+def _shape_metadata(shape: AttentionShape) -> dict[str, str]:
+    return {
+        Key.HEADS.value: str(shape.heads),
+        Key.KV_HEADS.value: str(shape.kv_heads),
+        Key.HEAD_DIM.value: str(shape.head_dim),
+        Key.ROPE_THETA.value: repr(float(shape.rope_theta)),
+        Key.CONTEXT.value: str(shape.context),
+    }
 
 
-def _metadata(kind: ProgramKind, model: str) -> dict[str, str]:
+def _metadata(kind: ProgramKind, model: str, role: Role = Role.FFN) -> dict[str, str]:
     return {
         Key.KIND.value: kind.value,
         Key.VERSION.value: PROGRAM_VERSION,
         Key.MODEL.value: model,
+        Key.ROLE.value: role.value,
     }
-
-
-@njit(nogil=True, cache=True)
-def _signed_peak(values: Any) -> Any:
-    """The value with the largest magnitude."""
-    peak = np.float32(0)
-    for value in values:
-        if abs(value) > abs(peak):
-            peak = value
-    return peak
-
-
-@njit(nogil=True, cache=True)
-def _squared_error(values: Any, scale: Any, offset: Any) -> Any:
-    inverse = np.float32(1) / scale
-    total = np.float32(0)
-    for value in values:
-        level = min(max(np.rint(value * inverse), -offset), offset - np.float32(1))
-        error = value - level * scale
-        total += error * error
-    return total
-
-
-@njit(nogil=True, cache=True)
-def _fit_scales(rows: Any, group: Any, offset: Any, ratios: Any, scales: Any) -> None:
-    """Fills scales [rows, groups]: for each group the candidate with the least squared error."""
-    for row in range(rows.shape[0]):
-        for index in range(scales.shape[1]):
-            values = rows[row, index * group : (index + 1) * group]
-            peak = _signed_peak(values)
-            best, best_error = np.float32(0), np.float32(np.inf)
-            if abs(peak) / offset > np.float32(1e-30):
-                for ratio in ratios:
-                    scale = -peak * ratio / offset
-                    error = _squared_error(values, scale, offset)
-                    if error < best_error:
-                        best, best_error = scale, error
-            scales[row, index] = best
-
-
-@njit(nogil=True, cache=True)
-def _pack_levels(rows: Any, scales: Any, group: Any, bits: Any, packed: Any) -> None:
-    """Fills packed [rows, hidden * bits / 8], all zero before, with levels plus their offset."""
-    offset = np.float32(1 << (bits - 1))
-    values_per_byte = 8 // bits
-    for row in range(rows.shape[0]):
-        for column in range(rows.shape[1]):
-            scale = scales[row, column // group]
-            level = np.float32(0)
-            if scale != np.float32(0):
-                level = np.rint(rows[row, column] / scale)
-                level = min(max(level, -offset), offset - np.float32(1))
-            stored = np.uint8(np.int32(level + offset))
-            shift = np.uint8(bits * (column % values_per_byte))
-            packed[row, column // values_per_byte] |= np.uint8(stored << shift)

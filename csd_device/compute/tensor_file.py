@@ -17,6 +17,7 @@ from csd_protocol.status import Status
 U8 = npt.NDArray[np.uint8]
 
 HEADER_BYTES_MAX = 16 << 20
+_DETAIL_MAX = 400  # a hostile name may be as long as a header
 _LENGTH_BYTES = 8
 _DTYPES: dict[str, npt.DTypeLike] = {
     "F32": np.float32,
@@ -27,7 +28,7 @@ _DTYPES: dict[str, npt.DTypeLike] = {
 
 def invalid(detail: str) -> CommandError:
     """The error for program data that is not what it should be."""
-    return CommandError(Status.INVALID_PROGRAM_DATA, detail)
+    return CommandError(Status.INVALID_PROGRAM_DATA, detail[:_DETAIL_MAX])
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class TensorFile:
         self.size_bytes = data.size
         self.metadata = _read_metadata(header.pop("__metadata__", {}))
         self._entries = {name: self._read_entry(name, value) for name, value in header.items()}
+        self._check_filled()
+        self._unread = set(self._entries)
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -65,6 +68,7 @@ class TensorFile:
                 f"tensor {name} is {entry.dtype} {list(entry.shape)}; "
                 f"wanted {np.dtype(dtype).name} {list(shape)}"
             )
+        self._unread.discard(name)
         view = self._payload[entry.begin : entry.end]
         aligned = view if view.ctypes.data % np.dtype(dtype).itemsize == 0 else view.copy()
         return aligned.view(dtype).reshape(shape)
@@ -75,6 +79,29 @@ class TensorFile:
         if not np.isfinite(values).all():
             raise invalid(f"tensor {name} has values that are not finite")
         return values
+
+    def half(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint16]:
+        """A float16 tensor of this shape, all finite, as its bits."""
+        return self.finite(name, np.float16, shape).view(np.uint16)
+
+    def optional(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
+        """A float32 tensor as `finite` gives it; None when the file does not have it."""
+        return self.finite(name, np.float32, shape) if self.has(name) else None
+
+    def has(self, name: str) -> bool:
+        return name in self._entries
+
+    def check_all_read(self) -> None:
+        """Raises CommandError (Invalid Program Data) naming a tensor that nobody asked for."""
+        if self._unread:
+            raise invalid(f"tensor {min(self._unread)} is none that this kind of program has")
+
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns. Raises CommandError when it is missing, no matrix or has no values."""
+        entry = self._entries.get(name)
+        if entry is None or len(entry.shape) != 2 or 0 in entry.shape:
+            raise invalid(f"tensor {name} is missing or not a matrix")
+        return entry.shape[0], entry.shape[1]
 
     def length(self, name: str) -> int:
         """Elements of a one-dimensional tensor. Raises CommandError when it is missing or not."""
@@ -101,6 +128,16 @@ class TensorFile:
             )
         return _Entry(dtype, tuple(shape), begin, end)
 
+    def _check_filled(self) -> None:
+        """Raises CommandError unless the tensors fill the data section, each byte once."""
+        end = 0
+        for entry in sorted(self._entries.values(), key=lambda entry: (entry.begin, entry.end)):
+            if entry.begin != end:
+                raise invalid(f"byte {min(entry.begin, end)} is of no tensor, or of two")
+            end = entry.end
+        if end != self._payload.size:
+            raise invalid(f"{self._payload.size} bytes of tensors; the header tells of {end}")
+
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
@@ -115,12 +152,21 @@ def _read_header(data: U8) -> tuple[dict[str, Any], int]:
         raise invalid(f"header of {length} bytes in a program file of {data.size}")
     start = _LENGTH_BYTES + length
     try:
-        header = json.loads(data[_LENGTH_BYTES:start].tobytes())
+        text = data[_LENGTH_BYTES:start].tobytes()
+        header = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise invalid(f"header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise invalid("header is not a JSON object")
     return header, start
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that comes twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object names something twice")
+    return found
 
 
 def _read_metadata(value: Any) -> dict[str, str]:

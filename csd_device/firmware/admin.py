@@ -132,6 +132,7 @@ def handle_load_program(context: Context, command: LoadProgram) -> Dword0:
         if controller.programs.receive(command):
             size = command.total_bytes
             upkeep.note(controller, Happening.PROGRAM_LOAD, program=number, bytes=size)
+    controller.hosts.forget_program(number)
     return Dword0(command.program)
 
 

@@ -11,6 +11,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from csd_device.compute import Origin
 from csd_protocol.status import Status
 
 U32 = npt.NDArray[np.uint32]
@@ -142,12 +143,30 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Observed:
+    """Units that were active, as the host saw it."""
+
+    site: int
+    units: U32  # ascending
+
+
+class Wanted(Enum):
+    UNITS = "units"  # the layer's top fraction
+    CORRECTION = "correction"  # what all units but those named add
+
+
+@dataclass(frozen=True, slots=True)
 class ExecuteProgram:
     program: int
     model: int
     layer: int
-    hidden: F32  # [rows, hidden]
+    hidden: F32  # [rows, hidden]; for a correction the FFN's own input
     keep: float
+    token: int = 0
+    wanted: Wanted = Wanted.UNITS
+    units: U32 = field(default_factory=lambda: np.empty(0, np.uint32))  # computed, ascending
+    observed: tuple[Observed, ...] = ()
+    origin: Origin | None = None
 
 
 class What(Enum):
@@ -185,6 +204,8 @@ class PredictAndStage:
     hidden: F32  # [rows, hidden]
     targets: tuple[Target, ...]
     release: tuple[int, ...] = ()  # leases given back first; those not held are passed over
+    observed: tuple[Observed, ...] = ()
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +325,7 @@ class MediaError:
 @dataclass(frozen=True, slots=True)
 class ExecuteResult:
     units: U32
+    values: F32 | None = None  # of a correction [rows, hidden]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Compute commands: run a program, stage what it chose, release it, and what the host holds."""
 
+from csd_device.compute import ProgramInput
 from csd_device.errors import CommandError
 from csd_device.firmware.commands import (
     ExecuteProgram,
@@ -10,36 +11,47 @@ from csd_device.firmware.commands import (
     Stage,
     StageResult,
     Target,
+    Wanted,
 )
 from csd_device.firmware.context import Context
 from csd_device.firmware.models import LoadedModel, SiteRecord
 from csd_device.firmware.prediction import Prediction
+from csd_device.firmware.staging import NO_UNITS
+from csd_protocol.packed import Role
 from csd_protocol.status import Status
 
 
 def handle_execute_program(context: Context, command: ExecuteProgram) -> ExecuteResult:
-    """The top fraction of one layer's FFN units, nothing staged."""
+    """The top fraction of one layer's units, or what those not computed add; nothing staged."""
     if not 0 <= command.keep <= 1:
         raise CommandError(Status.INVALID_FIELD, f"a kept fraction of {command.keep}")
     model = context.controller.models.get(command.model, context.time)
-    prediction = Prediction(context.controller.programs, command.program, command.hidden)
-    units = prediction.top_units(_ffn_of(model, command.layer), command.keep, context.time)
+    context.time.receive(command.hidden.nbytes + command.units.nbytes)
+    prediction = _prediction(context, model, command)
+    site = _site_of(model, command.layer, prediction.role)
+    if command.wanted is Wanted.CORRECTION:
+        values = prediction.correction(site, command.units, context.time)
+        context.time.send(values.nbytes)
+        return ExecuteResult(NO_UNITS, values)
+    units = prediction.top_units(site, command.keep, context.time)
     context.time.send(units.nbytes)
     return ExecuteResult(units)
 
 
 def handle_predict_and_stage(context: Context, command: PredictAndStage) -> StageResult:
     """Stages what the program chooses; `Stager.stage` says what it raises."""
-    prediction = Prediction(context.controller.programs, command.program, command.hidden)
-    context.controller.stager.pass_back(context.host, command.release)
+    _admit(context, command.release)
     context.time.receive(command.hidden.nbytes)
-    return _stage(context, command.model, command.token, command.targets, prediction)
+    model = context.controller.models.get(command.model, context.time)
+    prediction = _prediction(context, model, command)
+    return _stage(context, model, command.token, command.targets, prediction)
 
 
 def handle_stage(context: Context, command: Stage) -> StageResult:
     """Stages named units; `Stager.stage` says what it raises."""
-    context.controller.stager.pass_back(context.host, command.release)
-    return _stage(context, command.model, None, command.targets, None)
+    _admit(context, command.release)
+    model = context.controller.models.get(command.model, context.time)
+    return _stage(context, model, None, command.targets, None)
 
 
 def handle_release(context: Context, command: Release) -> None:
@@ -67,26 +79,47 @@ def handle_host_residency(context: Context, command: HostResidency) -> None:
         context.controller.hosts.set_residency(context.host, model.site(said.site), said)
 
 
+def _admit(context: Context, release: tuple[int, ...]) -> None:
+    """Leases go back first. Raises CommandError (Window Unavailable) before a program is told."""
+    stager = context.controller.stager
+    stager.pass_back(context.host, release)
+    context.controller.faults.admit_staging(stager.window)
+
+
 def _stage(
     context: Context,
-    model: int,
+    model: LoadedModel,
     token: int | None,
     targets: tuple[Target, ...],
     prediction: Prediction | None,
 ) -> StageResult:
     controller = context.controller
-    controller.faults.admit_staging(controller.stager.window)
-    loaded = controller.models.get(model, context.time)
-    result = controller.stager.stage(context.host, loaded, targets, prediction, context.time)
+    result = controller.stager.stage(context.host, model, targets, prediction, context.time)
     for site in result.sites:
         controller.counters.staged_bytes += site.length_bytes
         controller.counters.nand_page_reads += site.nand_page_reads
-    controller.stages.add(context.host.host_id, model, token, result, context.time.timing())
+    timing = context.time.timing()
+    controller.stages.add(context.host.host_id, model.model, token, result, timing)
     return result
 
 
-def _ffn_of(model: LoadedModel, layer: int) -> SiteRecord:
+def _prediction(
+    context: Context, model: LoadedModel, command: PredictAndStage | ExecuteProgram
+) -> Prediction:
+    """The command's program with its input, after it was told what the host observed."""
+    given = ProgramInput(command.hidden, command.token, command.origin)
+    controller = context.controller
+    prediction = Prediction(
+        controller.programs, controller.hosts, context.host, model, command.program, given
+    )
+    for observed in command.observed:
+        context.time.receive(observed.units.nbytes)
+        prediction.observe(model.site(observed.site), observed.units)
+    return prediction
+
+
+def _site_of(model: LoadedModel, layer: int, role: Role) -> SiteRecord:
     for site in model.sites:
-        if site.is_ffn and site.layer == layer:
+        if site.role is role and site.layer == layer:
             return site
-    raise CommandError(Status.NO_SITE, f"{model.name} has no FFN in layer {layer}")
+    raise CommandError(Status.NO_SITE, f"{model.name} has no {role.value} in layer {layer}")

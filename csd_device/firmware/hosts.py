@@ -1,13 +1,16 @@
 """Hosts, by the identifier given at Connect: what each holds, and whether it is still there.
 
-All queue pairs of one host share its leases and its residency; both end with its last queue pair.
+All queue pairs of one host share its leases, its residency, and what programs remember of it; all
+of it ends with its last queue pair.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from csd_device.compute import Program
 from csd_device.dram import Arena, Window
 from csd_device.errors import CommandError
 from csd_device.firmware.commands import Held, SiteResidency
@@ -25,6 +28,7 @@ class Host:
     name: str
     queue_count: int = 0
     held: dict[tuple[int, int], Bools] = field(default_factory=dict)
+    memories: dict[int, "_Remembered"] = field(default_factory=dict)  # by program number
 
     @property
     def residency_bytes(self) -> int:
@@ -44,6 +48,14 @@ class Host:
                 f"{site.count}. Send HOST_RESIDENCY again",
             )
         return flags
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    """What one program remembers of one host."""
+
+    program: Program
+    memory: Any
 
 
 class HostTable:
@@ -74,6 +86,7 @@ class HostTable:
         host.queue_count -= 1
         if host.queue_count == 0:
             del self._hosts[host.host_id]
+            self._forget(host, tuple(host.memories))
             self._arena.free(_allotment(host.host_id))
             window.release_owner(host.host_id)
 
@@ -91,6 +104,34 @@ class HostTable:
             if before is not None:
                 host.held[site.key] = before
             raise
+
+    def memory(self, host: Host, number: int, program: Program) -> Any:
+        """What the program of this number remembers of a host; None when it remembers nothing.
+
+        Raises CommandError (DRAM exceeded) when there is no room for a first memory.
+        """
+        if not program.memory_bytes:
+            return None
+        remembered = host.memories.get(number)
+        if remembered is None or remembered.program is not program:
+            self._forget(host, (number,))
+            self._arena.allot(_memory_allotment(host, number), program.memory_bytes)
+            remembered = host.memories[number] = _Remembered(program, program.new_memory())
+        return remembered.memory
+
+    def forget_program(self, number: int) -> None:
+        """A program is gone, and with it what it remembered of every host."""
+        for host in self._hosts.values():
+            self._forget(host, (number,))
+
+    def _forget(self, host: Host, numbers: tuple[int, ...]) -> None:
+        for number in numbers:
+            if host.memories.pop(number, None) is not None:
+                self._arena.free(_memory_allotment(host, number))
+
+
+def _memory_allotment(host: Host, number: int) -> str:
+    return f"memory.{number}.{host.host_id}"
 
 
 def _allotment(host_id: str) -> str:

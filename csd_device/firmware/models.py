@@ -47,7 +47,7 @@ class SiteRecord:
     site: int
     name: str
     layer: int
-    is_ffn: bool
+    role: Role
     count: int
     unit_bytes: int
     offset_bytes: int
@@ -227,7 +227,7 @@ def _record(model: int, manifest: PackedModel, site: Site, crcs: U32) -> SiteRec
         site=site.site,
         name=site.name,
         layer=site.layer,
-        is_ffn=site.role is Role.FFN,
+        role=site.role,
         count=site.count,
         unit_bytes=site.unit_bytes,
         offset_bytes=site.offset_bytes,

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_device.clock import TimeMode, VirtualClock
+from csd_device.compute import rehearse_kernels
 from csd_device.config import DriveConfig, load_config
 from csd_device.drive import Drive
 from csd_device.service.endpoint import Endpoint, Session
@@ -33,6 +34,7 @@ _STAGED_TWICE = 2  # the second time units come from the unit cache
 
 def rehearse() -> None:
     """Returns once every kernel that commands need has run."""
+    rehearse_kernels()
     with tempfile.TemporaryDirectory(prefix="csd-rehearsal-") as folder:
         drive = Drive.open(
             _small_drive(),
@@ -60,6 +62,7 @@ def micro_model() -> tuple[bytes, bytes]:
         gate=values[:, 0].astype(np.float32),
         up=values[:, 1].astype(np.float32),
         down_norm=np.ones(UNITS, np.float32),
+        down=values[:, 2].astype(np.float32),
     )
     program = encode_shadow("micro", {0: layer}, bits=4, group=_GROUP_VALUES, rms_eps=1e-5)
     return _packed(values.reshape(UNITS, -1).view(np.uint8)), program
@@ -173,6 +176,10 @@ def _staging() -> Iterator[pb.SubmissionEntry]:
     yield _entry(pb.COMMAND_SET_COMPUTE, ComputeOpcode.RELEASE, release=pb.Release())
     execute = pb.ExecuteProgram(program=PROGRAM, model=MODEL, hidden=hidden, keep=0.5)
     yield _entry(pb.COMMAND_SET_COMPUTE, ComputeOpcode.EXECUTE_PROGRAM, execute_program=execute)
+    correct = pb.ExecuteProgram(
+        program=PROGRAM, model=MODEL, hidden=hidden, wanted=pb.ExecuteProgram.WANTED_CORRECTION
+    )
+    yield _entry(pb.COMMAND_SET_COMPUTE, ComputeOpcode.EXECUTE_PROGRAM, execute_program=correct)
 
 
 def _entry(command_set: "pb.CommandSet.ValueType", opcode: int, **body: Any) -> pb.SubmissionEntry:

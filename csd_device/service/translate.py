@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from csd_device.compute import Origin
 from csd_device.errors import CommandError
 from csd_device.firmware import commands as fw
 from csd_protocol.csd.v1 import csd_pb2 as pb
@@ -100,16 +101,53 @@ def _load_program(body: pb.LoadProgram) -> fw.Command:
     )
 
 
+_WANTED = {
+    pb.ExecuteProgram.WANTED_UNITS: fw.Wanted.UNITS,
+    pb.ExecuteProgram.WANTED_CORRECTION: fw.Wanted.CORRECTION,
+}
+
+
 def _execute_program(body: pb.ExecuteProgram) -> fw.Command:
+    if body.wanted not in _WANTED:
+        raise CommandError(Status.INVALID_FIELD, f"wanted {body.wanted}; it is 0 or 1")
     return fw.ExecuteProgram(
-        body.program, body.model, body.layer, _hidden(body.hidden, body.rows), body.keep
+        program=body.program,
+        model=body.model,
+        layer=body.layer,
+        hidden=_hidden(body.hidden, body.rows),
+        keep=body.keep,
+        token=body.token,
+        wanted=_WANTED[body.wanted],
+        units=_words("units", body.units),
+        observed=_observed(body.observed),
+        origin=_origin(body),
     )
 
 
+def _observed(observed: Iterable[pb.Observed]) -> tuple[fw.Observed, ...]:
+    return tuple(
+        fw.Observed(item.site, _words(f"observed of site {item.site}", item.units))
+        for item in observed
+    )
+
+
+def _origin(body: pb.ExecuteProgram | pb.PredictAndStage) -> Origin | None:
+    if not body.HasField("origin"):
+        return None
+    return Origin(body.origin.layer, body.origin.behind_attention)
+
+
 def _predict_and_stage(body: pb.PredictAndStage) -> fw.Command:
-    hidden, targets = _hidden(body.hidden, body.rows), _targets(body.targets)
-    released = tuple(body.release)
-    return fw.PredictAndStage(body.model, body.program, body.token, hidden, targets, released)
+    return fw.PredictAndStage(
+        model=body.model,
+        program=body.program,
+        token=body.token,
+        hidden=_hidden(body.hidden, body.rows),
+        targets=_targets(body.targets),
+        release=tuple(body.release),
+        observed=_observed(body.observed),
+        origin=_origin(body),
+    )
 
 
 def _held(held: pb.HostResidency.Held) -> fw.SiteResidency:
@@ -253,6 +291,8 @@ def _put_media_error(entry: pb.CompletionEntry, result: fw.MediaError) -> None:
 
 def _put_execute(entry: pb.CompletionEntry, result: fw.ExecuteResult) -> None:
     entry.execute.units = _word_bytes(result.units)
+    if result.values is not None:
+        entry.execute.values = result.values.astype("<f4", copy=False).tobytes()
 
 
 def _put_event(entry: pb.CompletionEntry, result: fw.AsyncEventResult) -> None:

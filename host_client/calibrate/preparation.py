@@ -1,9 +1,17 @@
 """What follows packing: measure the neurons, then build and load the predictors."""
 
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Any
 
+import numpy as np
+import torch
+
 from csd_protocol.packed import PackedModel
+from host_client.calibrate.builders import Builder, Recipe
+from host_client.calibrate.calibration import walk
+from host_client.calibrate.dense_model import DenseModel
+from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.predictor import (
     build_frequency,
     build_shadow,
@@ -11,14 +19,18 @@ from host_client.calibrate.predictor import (
     read_down_norms,
 )
 from host_client.calibrate.statistics import measure_frequencies
-from host_client.calibrate.text import Split, default_text, token_windows
+from host_client.calibrate.text import (
+    CALIBRATION_WINDOW,
+    Split,
+    default_text,
+    token_windows,
+)
 from host_client.driver import Drive
 from host_client.model.catalog import read_frequencies, store_frequencies
 from host_client.runtime.causal_lm import CsdModelForCausalLM, runtime_of
 from host_client.runtime.refusals import NoPredictor
 
 CALIBRATION_TOKENS = 2048
-CALIBRATION_WINDOW = 256
 
 Progress = Callable[[int, int], None]
 
@@ -46,10 +58,55 @@ def calibrate(
     return store_frequencies(drive, packed.name, counts, tokens)
 
 
-def build_predictor(drive: Drive, packed: PackedModel, kind: str, progress: Progress) -> bytes:
-    """A program file of this kind. Raises NoPredictor for `frequency` before calibration."""
-    if kind == "shadow":
+def recalibrate(
+    drive: Drive, packed: PackedModel, windows: torch.Tensor, progress: Progress
+) -> PackedModel:
+    """Count on other text, layer by layer off the drive, no budget asked. The new manifest."""
+    model = DenseModel(PackedCheckpoint(drive, packed))
+    counts = np.stack([found.counts for found in walk(model, windows, progress=progress)])
+    return store_frequencies(drive, packed.name, counts, windows.numel())
+
+
+class Kind(StrEnum):
+    """Kinds that can be built for a packed model."""
+
+    SHADOW = "shadow"
+    ROLLOUT = "rollout"
+    SVD = "svd"
+    LOWRANK = "lowrank"
+    MLP = "mlp"
+    WINDOW = "window"
+    FREQUENCY = "frequency"
+    ORACLE = "oracle"
+
+    @property
+    def needs_text(self) -> bool:
+        return self in (Kind.LOWRANK, Kind.MLP, Kind.WINDOW)
+
+
+def build_predictor(
+    drive: Drive,
+    packed: PackedModel,
+    kind: str,
+    progress: Progress,
+    recipe: Recipe | None = None,
+) -> bytes:
+    """A program file of this kind; without a recipe the plain shadow that `csd pack` loads.
+
+    Raises NoPredictor for `frequency` before calibration, UnsupportedModel for a model that the
+    kind has no place for.
+    """
+    if kind == Kind.FREQUENCY:
+        return _frequency(drive, packed)
+    if recipe is None and kind == Kind.SHADOW:
         return build_shadow(drive, packed, progress)
+    builder = Builder(drive, packed, recipe or Recipe(), progress)
+    with torch.inference_mode():
+        made: bytes = getattr(builder, Kind(kind).value)()
+    return made
+
+
+def _frequency(drive: Drive, packed: PackedModel) -> bytes:
     counts = read_frequencies(drive, packed)
     if counts is None:
         raise NoPredictor(

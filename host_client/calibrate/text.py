@@ -3,11 +3,16 @@
 Topics are dealt out alternately, so what quality is judged on was never seen in calibration.
 """
 
+from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+
+CALIBRATION_WINDOW = 256  # tokens
+CALIBRATED_TOKENS = 6144  # of them, where nothing else is asked for
 
 
 class Split(Enum):
@@ -34,3 +39,22 @@ def token_windows(tokenizer: Any, text: str, tokens: int, window: int) -> list[t
     if ids.numel() < tokens:
         raise ValueError(f"the text has {ids.numel()} tokens; {tokens} were asked for")
     return [part.unsqueeze(0) for part in ids.split(window) if part.numel() > 1]
+
+
+def calibration_windows(tokenizer: Any, tokens: int, files: Sequence[Path] = ()) -> torch.Tensor:
+    """Whole windows of the user's files, or of the calibration half: int64 [windows, tokens].
+
+    Raises ValueError when the text is shorter than that.
+    """
+    text = "\n\n".join(file.read_text(errors="replace") for file in files)
+    return _whole_windows(tokenizer, text or default_text(Split.CALIBRATION), tokens)
+
+
+def held_out_windows(tokenizer: Any, tokens: int) -> torch.Tensor:
+    """Whole windows of the other half."""
+    return _whole_windows(tokenizer, default_text(Split.HELD_OUT), tokens)
+
+
+def _whole_windows(tokenizer: Any, text: str, tokens: int) -> torch.Tensor:
+    window = min(CALIBRATION_WINDOW, tokens)
+    return torch.cat(token_windows(tokenizer, text, tokens - tokens % window, window))

@@ -69,6 +69,11 @@ class Commands(OnDemandGroup):
         "faults": Entry(
             f"{_CLI}.fault_commands", "app", "Faults of the drive: show, set and clear."
         ),
+        "calibrate": Entry(
+            f"{_CLI}.calibrate_commands",
+            "calibrate",
+            "Count how often each neuron is wanted on this text, and keep the counts on the drive.",
+        ),
         "predictor": Entry(
             f"{_CLI}.predictor_commands",
             "app",

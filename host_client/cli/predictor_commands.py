@@ -1,6 +1,5 @@
 """`csd predictor`: build programs from a packed model and load them onto the drive."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,25 +7,43 @@ import typer
 from rich.table import Table
 
 from csd_protocol.units import format_size
+from host_client.calibrate.builders import Recipe
 from host_client.calibrate.predictor import load_predictor
-from host_client.calibrate.preparation import build_predictor
+from host_client.calibrate.preparation import Kind, build_predictor
+from host_client.calibrate.text import CALIBRATED_TOKENS, calibration_windows
 from host_client.cli.console import TimeMode, open_drive, out, progress_count
+from host_client.cli.model_commands import load_tokenizer
 from host_client.cli.options import DriveAddress, Model, Time
 from host_client.model.catalog import open_model
-from host_client.model.source import name_on_drive
+from host_client.model.source import name_on_drive, resolve_source
+from host_client.runtime.causal_lm import LOOKAHEAD_DEFAULT
 
 app = typer.Typer(help="Predictors: build, load and list the programs on the drive.")
-
-
-class Kind(StrEnum):
-    SHADOW = "shadow"
-    FREQUENCY = "frequency"
 
 
 @app.command()
 def build(
     kind: Kind,
     model: Model,
+    bits: Annotated[int, typer.Option(help="shadow, rollout: bits of a level: 2, 3, 4 or 8.")] = 4,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="shadow, rollout: round with a look at calibration text (3 bits: do)."
+        ),
+    ] = False,
+    rank: Annotated[int, typer.Option(help="svd, lowrank, mlp: inner width.", min=1)] = 64,
+    lookahead: Annotated[
+        int, typer.Option(help="lowrank, mlp: layers ahead that it is fitted to.", min=0, max=8)
+    ] = LOOKAHEAD_DEFAULT,
+    context: Annotated[int, typer.Option(help="rollout: tokens that it remembers.", min=1)] = 2048,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of calibration text.", min=2)
+    ] = CALIBRATED_TOKENS,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text to fit to, repeatable; Python's own without.", exists=True),
+    ] = None,
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
     to: Annotated[
@@ -36,8 +53,13 @@ def build(
     """Build a predictor for a packed model, and load it unless --to says where to put it."""
     with open_drive(drive, time) as opened:
         _, packed = open_model(opened, name_on_drive(model))
-        with progress_count(f"building {kind.value}") as update:
-            data = build_predictor(opened, packed, kind.value, update)
+        windows = None
+        if fit or kind.needs_text:
+            tokenizer = load_tokenizer(resolve_source(model))
+            windows = calibration_windows(tokenizer, tokens, text or [])
+        recipe = Recipe(bits, rank, lookahead, context, windows)
+        with progress_count(f"building {kind.value}, layers") as update:
+            data = build_predictor(opened, packed, kind.value, update, recipe)
         if to is not None:
             to.write_bytes(data)
             out.print(f"wrote {to} ({format_size(len(data))})")

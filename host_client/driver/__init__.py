@@ -3,11 +3,13 @@
 from host_client.driver.commands import (
     AsyncEvent,
     LostUnits,
+    Origin,
     Residency,
     Staged,
     StagedSite,
     StageTarget,
     Timing,
+    Told,
 )
 from host_client.driver.drive import Drive
 from host_client.driver.errors import (
@@ -29,6 +31,7 @@ __all__ = [
     "DriveTimeout",
     "DriveUnavailable",
     "LostUnits",
+    "Origin",
     "PendingCommand",
     "QueueFull",
     "Residency",
@@ -36,4 +39,5 @@ __all__ = [
     "Staged",
     "StagedSite",
     "Timing",
+    "Told",
 ]

@@ -1,5 +1,6 @@
 """What a host asks of staging and what it gets back: plain data, no transport."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,6 +59,28 @@ _EVENT_NAMES = {
     (1, 1): "temperature at the threshold",
     (1, 2): "available spare below its threshold",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where in the model hidden states are from: they entered a layer, or left its attention."""
+
+    layer: int
+    behind_attention: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a program is told beside its hidden states; most need none of it.
+
+    `origin` is for rollouts, `observed`, the active units (ascending) by site, for windows.
+    """
+
+    origin: Origin | None = None
+    observed: Mapping[int, U32] = field(default_factory=dict)
+
+
+NOTHING_TOLD = Told()
 
 
 @dataclass(frozen=True, slots=True)

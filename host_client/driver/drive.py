@@ -18,7 +18,16 @@ from csd_protocol.address import parse_address
 from csd_protocol.csd.v1 import csd_pb2 as pb
 from csd_protocol.opcodes import Cns, Feature
 from host_client.driver import entries
-from host_client.driver.commands import F32, U32, AsyncEvent, Residency, Staged, StageTarget
+from host_client.driver.commands import (
+    F32,
+    NOTHING_TOLD,
+    U32,
+    AsyncEvent,
+    Residency,
+    Staged,
+    StageTarget,
+    Told,
+)
 from host_client.driver.embedded import Daemon
 from host_client.driver.entries import Command
 from host_client.driver.errors import DriveError, DriveLost, DriveUnavailable, QueueFull
@@ -285,11 +294,34 @@ class Drive:
         return listed
 
     def execute_program(
-        self, program: int, model: int, layer: int, hidden: F32, keep: float
+        self,
+        program: int,
+        model: int,
+        layer: int,
+        hidden: F32,
+        keep: float,
+        told: Told = NOTHING_TOLD,
+        token: int = 0,
     ) -> PendingCommand[U32]:
-        """The units the program names for `hidden` float32 [rows, hidden], ascending uint32."""
-        command = entries.execute_program(program, model, layer, hidden, keep)
+        """The units the program names for `hidden` float32 [rows, hidden], ascending uint32.
+
+        `token` is the position of row 0.
+        """
+        command = entries.execute_program(program, model, layer, hidden, keep, told, token)
         return self._queue.submit(command, entries.units_of)
+
+    def correct(
+        self, program: int, model: int, layer: int, inputs: F32, computed: U32
+    ) -> PendingCommand[F32]:
+        """What the layer's units that were not computed add, float32 of the shape of `inputs`.
+
+        `inputs` float32 [rows, hidden] are the FFN's own, so behind the RMSNorm; `computed` are
+        the units that the host computed itself, ascending.
+        """
+        command = entries.correct(program, model, layer, inputs, computed)
+        return self._queue.submit(
+            command, lambda completion: entries.values_of(completion).reshape(inputs.shape)
+        )
 
     # ---- staging -----------------------------------------------------------------------------
 
@@ -321,12 +353,14 @@ class Drive:
         hidden: F32,
         targets: Iterable[StageTarget],
         release: Iterable[int] = (),
+        told: Told = NOTHING_TOLD,
     ) -> PendingStage:
         """A program chooses units by `hidden` float32 [rows, hidden]; the drive stages them.
 
-        `release` gives leases back on the way, which saves a command.
+        `token` is the position of row 0. `release` gives leases back on the way, which saves a
+        command; so does what the program is `told`.
         """
-        command = entries.predict_and_stage(model, program, token, hidden, targets, release)
+        command = entries.predict_and_stage(model, program, token, hidden, targets, release, told)
         return self._queue.submit(command, entries.staged_of)
 
     def stage(

@@ -13,6 +13,7 @@ from csd_protocol.csd.v1 import csd_pb2 as pb
 from csd_protocol.opcodes import AdminOpcode, ComputeOpcode, Feature, NvmOpcode
 from host_client.driver.commands import (
     F32,
+    NOTHING_TOLD,
     U32,
     AsyncEvent,
     LostUnits,
@@ -21,6 +22,7 @@ from host_client.driver.commands import (
     StagedSite,
     StageTarget,
     Timing,
+    Told,
 )
 from host_client.driver.errors import CommandFailed
 
@@ -162,7 +164,15 @@ def copy(from_slba: int, to_slba: int, blocks: int) -> Command:
 # ---- compute and staging ---------------------------------------------------------------------
 
 
-def execute_program(program: int, model: int, layer: int, hidden: F32, keep: float) -> Command:
+def execute_program(
+    program: int,
+    model: int,
+    layer: int,
+    hidden: F32,
+    keep: float,
+    told: Told = NOTHING_TOLD,
+    token: int = 0,
+) -> Command:
     body = pb.ExecuteProgram(
         program=program,
         model=model,
@@ -170,8 +180,25 @@ def execute_program(program: int, model: int, layer: int, hidden: F32, keep: flo
         hidden=_float_bytes(hidden),
         rows=_rows(hidden),
         keep=keep,
+        token=token,
+        observed=_observed(told),
+        origin=_origin(told),
     )
     what = f"Execute Program {program} for layer {layer}"
+    return _compute(what, ComputeOpcode.EXECUTE_PROGRAM, execute_program=body)
+
+
+def correct(program: int, model: int, layer: int, inputs: F32, computed: U32) -> Command:
+    body = pb.ExecuteProgram(
+        program=program,
+        model=model,
+        layer=layer,
+        hidden=_float_bytes(inputs),
+        rows=_rows(inputs),
+        wanted=pb.ExecuteProgram.WANTED_CORRECTION,
+        units=_word_bytes(computed),
+    )
+    what = f"correction by program {program} for layer {layer}"
     return _compute(what, ComputeOpcode.EXECUTE_PROGRAM, execute_program=body)
 
 
@@ -182,6 +209,7 @@ def predict_and_stage(
     hidden: F32,
     targets: Iterable[StageTarget],
     release: Iterable[int] = (),
+    told: Told = NOTHING_TOLD,
 ) -> Command:
     body = pb.PredictAndStage(
         model=model,
@@ -191,6 +219,8 @@ def predict_and_stage(
         rows=_rows(hidden),
         targets=[_target(target) for target in targets],
         release=release,
+        observed=_observed(told),
+        origin=_origin(told),
     )
     what = f"PREDICT_AND_STAGE of model {model}"
     return _compute(what, ComputeOpcode.PREDICT_AND_STAGE, predict_and_stage=body)
@@ -214,6 +244,22 @@ def _float_bytes(values: F32) -> bytes:
     return np.ascontiguousarray(values, np.dtype("<f4")).tobytes()
 
 
+def _word_bytes(values: U32) -> bytes:
+    return np.ascontiguousarray(values, np.dtype("<u4")).tobytes()
+
+
+def _observed(told: Told) -> list[pb.Observed]:
+    return [
+        pb.Observed(site=site, units=_word_bytes(units)) for site, units in told.observed.items()
+    ]
+
+
+def _origin(told: Told) -> pb.HiddenOrigin | None:
+    if told.origin is None:
+        return None
+    return pb.HiddenOrigin(layer=told.origin.layer, behind_attention=told.origin.behind_attention)
+
+
 def _rows(values: F32) -> int:
     return values.shape[0] if values.ndim == 2 else 1
 
@@ -224,20 +270,16 @@ def _target(target: StageTarget) -> pb.StageTarget:
         ignore_residency=target.ignore_residency,
         copy=target.copy,
         elsewhere=[
-            pb.Elsewhere(copy=copy, units=_unit_bytes(units)) for copy, units in target.elsewhere
+            pb.Elsewhere(copy=copy, units=_word_bytes(units)) for copy, units in target.elsewhere
         ],
     )
     if target.units is not None:
-        entry.units = _unit_bytes(target.units)
+        entry.units = _word_bytes(target.units)
     elif target.keep is not None:
         entry.keep = target.keep
     else:
         entry.all = True
     return entry
-
-
-def _unit_bytes(units: U32) -> bytes:
-    return np.ascontiguousarray(units, np.dtype("<u4")).tobytes()
 
 
 def _held(site: int, held: Residency) -> pb.HostResidency.Held:
@@ -286,6 +328,11 @@ def event_of(completion: pb.CompletionEntry) -> AsyncEvent:
 
 def units_of(completion: pb.CompletionEntry) -> U32:
     return _units(completion.execute.units)
+
+
+def values_of(completion: pb.CompletionEntry) -> F32:
+    """The values of a correction, float32 [rows * hidden]."""
+    return np.frombuffer(completion.execute.values, np.dtype("<f4"))
 
 
 def staged_of(completion: pb.CompletionEntry) -> Staged:

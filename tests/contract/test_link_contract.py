@@ -207,6 +207,20 @@ def test_a_damaged_unit_is_never_delivered(drive: Drive) -> None:
     drive.stage(MODEL, [StageTarget(FFN, all=True)]).result()
 
 
+def test_corrections_of_two_halves_add_up(drive: Drive) -> None:
+    inputs = np.random.default_rng(4).standard_normal((2, HIDDEN), np.float32)
+    even, odd = np.arange(0, UNITS, 2, dtype=np.uint32), np.arange(1, UNITS, 2, dtype=np.uint32)
+    nothing, everything = np.empty(0, np.uint32), np.arange(UNITS, dtype=np.uint32)
+    sums = [
+        drive.correct(PROGRAM, MODEL, 0, inputs, computed).result()
+        for computed in (even, odd, nothing, everything)
+    ]
+    assert all(values.shape == inputs.shape for values in sums)
+    np.testing.assert_allclose(sums[0] + sums[1], sums[2], rtol=1e-4, atol=1e-3)
+    assert np.abs(sums[2]).max() > 1
+    assert not sums[3].any()
+
+
 def test_programs_are_listed_and_unloaded(drive: Drive) -> None:
     drive.load_program(9, SHADOW, activate=False)
     listed = {program["program"]: program for program in drive.programs()}

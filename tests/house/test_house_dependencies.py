@@ -15,8 +15,8 @@ NOT_IMPORTED = {"accelerate", "pytest-timeout", "pytest-xdist", "import-linter",
 SIDES = [
     (["csd_protocol"], []),
     (["csd_protocol", "csd_device"], ["device"]),
-    (["csd_protocol", "host_client"], ["host"]),
-    ([*house_rules.PACKAGES, "benchmarks", "tests"], ["device", "host", "test"]),
+    (["csd_protocol", "host_client"], ["host", "plot"]),
+    ([*house_rules.PACKAGES, "benchmarks", "tests"], ["device", "host", "plot", "test"]),
 ]
 
 

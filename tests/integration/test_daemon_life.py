@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from program_samples import SAMPLES
 
 from csd_protocol.csd.v1 import csd_pb2 as pb
 from csd_protocol.csd.v1.csd_pb2_grpc import ControllerStub
 from csd_protocol.opcodes import AdminOpcode, Cns, LogPage
+from csd_protocol.program_file import ProgramKind
 from csd_protocol.status import Status
 from host_client.driver import Drive, DriveLost, DriveUnavailable, StageTarget, entries
 from host_client.driver.embedded import Daemon
@@ -110,12 +112,17 @@ def test_what_was_flushed_is_there_after_a_kill(media: Path) -> None:
         drive.write(0, IMAGE)
         drive.flush()
         drive.load_program(PROGRAM, SHADOW)
+        for number, sample in enumerate(SAMPLES.values(), PROGRAM + 1):
+            drive.load_program(number, sample.encode("m"), activate=number % 2 == 0)
+        programs = drive.programs()
         assert drive.daemon_pid is not None
         os.kill(drive.daemon_pid, signal.SIGKILL)
         window = Path(drive.window_path)
     assert not window.exists()
     with Drive.embedded(media, drive="tiny") as drive:
         assert drive.read(0, len(IMAGE)) == IMAGE
+        assert drive.programs() == programs
+        assert {entry["kind"] for entry in programs} == {kind.value for kind in ProgramKind}
         hidden = np.ones((1, HIDDEN), np.float32)
         target = StageTarget(FFN, keep=0.5)
         staged = drive.predict_and_stage(MODEL, PROGRAM, 0, hidden, [target]).result()

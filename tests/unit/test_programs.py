@@ -8,12 +8,11 @@ from safetensors.numpy import load, save
 
 from csd_device.compute import Cost, CostModel, load_program
 from csd_device.errors import CommandError
+from csd_protocol.low_bit import dequantise_rows, quantise_rows
 from csd_protocol.program_file import (
     ShadowLayer,
-    dequantise_rows,
     encode_frequency,
     encode_shadow,
-    quantise_rows,
     shadow_layer_bytes,
 )
 from csd_protocol.status import Status
@@ -114,7 +113,7 @@ def test_low_nibble_comes_first() -> None:
 @pytest.mark.parametrize(
     "values, bits, group",
     [
-        (np.zeros((1, 64)), 3, 64),
+        (np.zeros((1, 64)), 5, 64),
         (np.zeros((1, 64)), 4, 48),
         (np.zeros((1, 64)), 4, 0),
         (np.zeros((1, 3)), 4, 3),
@@ -156,10 +155,10 @@ def test_cost_is_the_slower_of_arithmetic_and_memory() -> None:
 @pytest.mark.parametrize(
     "key, value, status",
     [
-        ("csd.program", "oracle", Status.INVALID_PROGRAM_TYPE),
+        ("csd.program", "seer", Status.INVALID_PROGRAM_TYPE),
         ("csd.version", "2", Status.INVALID_PROGRAM_TYPE),
         ("csd.model", "", Status.INVALID_PROGRAM_DATA),
-        ("csd.bits", "3", Status.INVALID_PROGRAM_DATA),
+        ("csd.bits", "5", Status.INVALID_PROGRAM_DATA),
         ("csd.bits", "-4", Status.INVALID_PROGRAM_DATA),
         ("csd.group", "63", Status.INVALID_PROGRAM_DATA),
         ("csd.group", "0", Status.INVALID_PROGRAM_DATA),

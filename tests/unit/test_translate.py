@@ -9,7 +9,7 @@ from csd_device.service import translate
 from csd_protocol.csd.v1 import csd_pb2 as pb
 from csd_protocol.opcodes import AdminOpcode, CommandSet, ComputeOpcode, NvmOpcode
 from csd_protocol.status import Status
-from host_client.driver import StageTarget, entries
+from host_client.driver import Origin, StageTarget, Told, entries
 
 HIDDEN = np.arange(6, dtype=np.float32).reshape(2, 3)
 UNITS = np.array([3, 70_000], np.uint32)
@@ -116,6 +116,34 @@ def test_what_is_lost_comes_back_with_the_failure() -> None:
         (4, 1, UNITS.tolist()),
         (7, 0, UNITS[:1].tolist()),
     ]
+
+
+def test_what_a_program_is_told_arrives() -> None:
+    told = Told(Origin(7, behind_attention=True), {3: UNITS})
+    for entry in (
+        entries.predict_and_stage(9, 4, 17, HIDDEN, [], told=told).entry,
+        entries.execute_program(4, 9, 2, HIDDEN, 0.5, told, token=17).entry,
+    ):
+        command = translate.command_of(entry)
+        assert command.token == 17
+        assert (command.origin.layer, command.origin.behind_attention) == (7, True)
+        assert [(seen.site, seen.units.tolist()) for seen in command.observed] == [
+            (3, UNITS.tolist())
+        ]
+    assert (
+        translate.command_of(entries.predict_and_stage(9, 4, 17, HIDDEN, []).entry).origin is None
+    )
+
+
+def test_a_correction_arrives_and_its_values_come_back() -> None:
+    command = translate.command_of(entries.correct(4, 9, 2, HIDDEN, UNITS).entry)
+    assert isinstance(command, fw.ExecuteProgram)
+    assert (command.program, command.model, command.layer) == (4, 9, 2)
+    assert command.wanted is fw.Wanted.CORRECTION
+    assert command.units.tolist() == UNITS.tolist()
+    result = fw.ExecuteResult(np.empty(0, np.uint32), HIDDEN)
+    done = translate.entry_of(fw.Completion(1, Status.SUCCESS, fw.Timing(), result), 1, 0)
+    assert entries.values_of(done).tolist() == HIDDEN.reshape(-1).tolist()
 
 
 def test_one_row_may_come_without_its_dimension() -> None:

@@ -870,13 +870,80 @@ class Copy(_message.Message):
 Global___Copy: _TypeAlias = Copy  # noqa: Y015
 
 @_typing.final
-class ExecuteProgram(_message.Message):
+class HiddenOrigin(_message.Message):
     """---- compute and staging ---------------------------------------------------------------------
 
-    The program's own result for one input, nothing staged.
+    Which hidden states a command brings; programs that carry states forward need to know.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    BEHIND_ATTENTION_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    behind_attention: _builtins.bool
+    """they left this layer's attention; else they entered the layer"""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        behind_attention: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind_attention", b"behind_attention", "layer", b"layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HiddenOrigin: _TypeAlias = HiddenOrigin  # noqa: Y015
+
+@_typing.final
+class Observed(_message.Message):
+    """Units that were active, as the host saw it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    site: _builtins.int
+    units: _builtins.bytes
+    """uint32, little endian, ascending"""
+    def __init__(
+        self,
+        *,
+        site: _builtins.int = ...,
+        units: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["site", b"site", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Observed: _TypeAlias = Observed  # noqa: Y015
+
+@_typing.final
+class ExecuteProgram(_message.Message):
+    """The program's own result for one input, nothing staged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Wanted:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _WantedEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ExecuteProgram._Wanted.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        WANTED_UNITS: ExecuteProgram._Wanted.ValueType  # 0
+        """the layer's top fraction, `keep`"""
+        WANTED_CORRECTION: ExecuteProgram._Wanted.ValueType  # 1
+        """what all units but `units` add to the residual stream"""
+
+    class Wanted(_Wanted, metaclass=_WantedEnumTypeWrapper): ...
+    WANTED_UNITS: ExecuteProgram.Wanted.ValueType  # 0
+    """the layer's top fraction, `keep`"""
+    WANTED_CORRECTION: ExecuteProgram.Wanted.ValueType  # 1
+    """what all units but `units` add to the residual stream"""
 
     PROGRAM_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
@@ -884,15 +951,31 @@ class ExecuteProgram(_message.Message):
     HIDDEN_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    OBSERVED_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     program: _builtins.int
     model: _builtins.int
     layer: _builtins.int
     hidden: _builtins.bytes
-    """float32, little endian [rows, hidden]"""
+    """float32, little endian [rows, hidden]; for a correction the FFN's own input"""
     keep: _builtins.float
     """fraction of the layer's neurons to name"""
     rows: _builtins.int
     """of `hidden`; 0: one"""
+    token: _builtins.int
+    """position of row 0"""
+    wanted: Global___ExecuteProgram.Wanted.ValueType
+    units: _builtins.bytes
+    """for a correction, those that the host computed: uint32, ascending"""
+    @_builtins.property
+    def observed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Observed]:
+        """told to the program before it runs"""
+
+    @_builtins.property
+    def origin(self) -> Global___HiddenOrigin: ...
     def __init__(
         self,
         *,
@@ -902,10 +985,15 @@ class ExecuteProgram(_message.Message):
         hidden: _builtins.bytes = ...,
         keep: _builtins.float = ...,
         rows: _builtins.int = ...,
+        token: _builtins.int = ...,
+        wanted: Global___ExecuteProgram.Wanted.ValueType = ...,
+        units: _builtins.bytes = ...,
+        observed: _abc.Iterable[Global___Observed] | None = ...,
+        origin: Global___HiddenOrigin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "keep", b"keep", "layer", b"layer", "model", b"model", "program", b"program", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "keep", b"keep", "layer", b"layer", "model", b"model", "observed", b"observed", "origin", b"origin", "program", b"program", "rows", b"rows", "token", b"token", "units", b"units", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -916,16 +1004,20 @@ class ExecuteResult(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     UNITS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
     units: _builtins.bytes
     """uint32, little endian, ascending"""
+    values: _builtins.bytes
+    """of a correction: float32, little endian [rows, hidden]"""
     def __init__(
         self,
         *,
         units: _builtins.bytes = ...,
+        values: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["units", b"units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["units", b"units", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1015,10 +1107,12 @@ class PredictAndStage(_message.Message):
     TARGETS_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    OBSERVED_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     model: _builtins.int
     program: _builtins.int
     token: _builtins.int
-    """position, for logs and traces"""
+    """position of row 0; for logs too"""
     hidden: _builtins.bytes
     """float32, little endian [rows, hidden]"""
     rows: _builtins.int
@@ -1029,6 +1123,12 @@ class PredictAndStage(_message.Message):
     def release(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """leases given back first; those not held are passed over"""
 
+    @_builtins.property
+    def observed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Observed]:
+        """told to the program before it runs"""
+
+    @_builtins.property
+    def origin(self) -> Global___HiddenOrigin: ...
     def __init__(
         self,
         *,
@@ -1039,10 +1139,12 @@ class PredictAndStage(_message.Message):
         targets: _abc.Iterable[Global___StageTarget] | None = ...,
         release: _abc.Iterable[_builtins.int] | None = ...,
         rows: _builtins.int = ...,
+        observed: _abc.Iterable[Global___Observed] | None = ...,
+        origin: Global___HiddenOrigin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "model", b"model", "program", b"program", "release", b"release", "rows", b"rows", "targets", b"targets", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "model", b"model", "observed", b"observed", "origin", b"origin", "program", b"program", "release", b"release", "rows", b"rows", "targets", b"targets", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,181 @@
+"""What a predictor would say, computed on whole windows: the drive's programs in torch.
+
+A chooser is told of each layer's hidden states as the forward pass reaches them and scores a
+layer's units from what it was allowed to see by then. `lookahead` counts as the runtime does: at 0
+a layer is asked for with the state that enters it, at k with the state behind the attention of the
+layer k before it; the first layers take what there is, layer 0 the embedding. `AT_FFN` is no
+lookahead at all: the FFN's own input, which only a bound or a correction may use.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from host_client.calibrate.dense_model import DecoderLayer, DenseModel
+
+AT_FFN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerViews:
+    """One layer in all the forms that a setting may ask for: dense, and low-bit by name."""
+
+    dense: DecoderLayer
+    low: Mapping[str, DecoderLayer]
+
+
+class Chooser(Protocol):
+    """Scores float32 [windows, tokens, units] for one block of windows. Called layer by layer."""
+
+    def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
+        """The hidden state [windows, tokens, hidden] enters this layer."""
+
+    def scores(
+        self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
+    ) -> torch.Tensor:
+        """attended: the state behind this layer's attention; activity: the true one."""
+
+
+class Oracle:
+    """The true score of each unit: a bound."""
+
+    def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
+        pass
+
+    def scores(
+        self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
+    ) -> torch.Tensor:
+        return activity.abs() * views.dense.down_norm
+
+
+class Frequency:
+    """How often each unit was active on the calibration text, whatever the token."""
+
+    def __init__(self, counts: torch.Tensor) -> None:
+        """counts: [layers, units]."""
+        self._counts = counts.float()
+
+    def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
+        pass
+
+    def scores(
+        self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
+    ) -> torch.Tensor:
+        return self._counts[views.dense.number].expand(activity.shape)
+
+
+class Window:
+    """The units that the last tokens wanted, each token back worth `decay` as much."""
+
+    def __init__(self, tokens: int, decay: float, counts: torch.Tensor, wanted: int) -> None:
+        """counts: [layers, units], shares that break ties; `wanted` units count as a token's."""
+        self._tokens, self._decay = tokens, decay
+        self._counts, self._wanted = counts.float(), wanted
+
+    def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
+        pass
+
+    def scores(
+        self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
+    ) -> torch.Tensor:
+        wanted = top(activity.abs() * views.dense.down_norm, self._wanted).float()
+        scores = torch.zeros_like(wanted)
+        for age in range(1, min(self._tokens + 1, wanted.shape[1])):
+            scores[:, age:] += self._decay ** (age - 1) * wanted[:, :-age]
+        return scores + self._counts[views.dense.number]
+
+
+class Known:
+    """The hidden states of a forward pass, of which one is there in time for a layer."""
+
+    def __init__(self, lookahead: int) -> None:
+        self._lookahead = lookahead
+        self._states: deque[torch.Tensor] = deque(maxlen=max(1, lookahead))
+
+    def entered(self, layer: int, hidden: torch.Tensor) -> None:
+        if layer == 0 or self._lookahead == 0:
+            self._states.append(hidden)
+
+    def seen(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
+        """What this layer was asked for with; `attended` is known from now on."""
+        seen = attended if self._lookahead == AT_FFN else self._states[0]
+        if self._lookahead > 0:
+            self._states.extend([attended] * (self._lookahead if layer == 0 else 1))
+        return seen
+
+
+class Shadow:
+    """The FFN's own low-bit gate and up rows, on the hidden state that is there in time.
+
+    With `maps` [hidden, hidden] by layer a state is carried to where it is wanted first:
+    state @ map is added to it.
+    """
+
+    def __init__(
+        self,
+        model: DenseModel,
+        low: str,
+        lookahead: int,
+        maps: Mapping[int, torch.Tensor] | None = None,
+    ) -> None:
+        self._model, self._low, self._maps = model, low, maps
+        self._known = Known(lookahead)
+
+    def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
+        self._known.entered(views.dense.number, hidden)
+
+    def scores(
+        self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
+    ) -> torch.Tensor:
+        seen = self._known.seen(views.dense.number, attended)
+        if self._maps is not None:
+            seen = seen + seen @ self._maps[views.dense.number]
+        return unit_scores(self._model, views.low[self._low], seen)
+
+
+class Rollout:
+    """The drive carries the hidden state forward through its own low-bit layers, and scores that.
+
+    Each state on its way has keys and values of its own kind: those of earlier tokens were made
+    from states carried just as far.
+    """
+
+    def __init__(self, model: DenseModel, low: str, lookahead: int) -> None:
+        self._model, self._low, self._lookahead = model, low, lookahead
+        self._on_the_way: deque[torch.Tensor] = deque()  # the oldest first; each enters a layer
+
+    def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
+        if views.dense.number == 0 or self._lookahead == 0:
+            self._on_the_way.append(hidden)
+
+    def scores(
+        self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
+    ) -> torch.Tensor:
+        low, model = views.low[self._low], self._model
+        states = [state + model.attention(low, state) for state in self._on_the_way]
+        self._on_the_way.clear()
+        scores = unit_scores(model, low, states[0])
+        if self._lookahead > 0:
+            number = views.dense.number
+            done = number == 0 or number >= self._lookahead
+            for state in [*states[done:], attended]:
+                x = model.ffn_input(low, state)
+                self._on_the_way.append(state + model.summed(low, model.activity(low, x)))
+        return scores
+
+
+def unit_scores(model: DenseModel, layer: DecoderLayer, attended: torch.Tensor) -> torch.Tensor:
+    """|silu(gate x) * (up x)| * ||down column|| for a state behind attention."""
+    activity = model.activity(layer, model.ffn_input(layer, attended))
+    return activity.abs_().mul_(layer.down_norm)
+
+
+def top(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """A mask of the `count` highest of the last dimension, lower indices first among equals."""
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    best = scores.topk(count, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)

@@ -1,0 +1,158 @@
+"""A model's layers as plain matrices, one layer at a time, for measuring and for building programs.
+
+Neither the drive nor transformers' modules take part: whole windows of text go through a layer in
+one go, so thousands of tokens are measured in minutes. Layers are read from the checkpoint when
+they are asked for, so memory holds a few of them whatever the size of the model.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from host_client.model.checkpoint import Checkpoint
+from host_client.model.families import LlamaShape, find_family, llama_shape
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One decoder layer. Matrices [outputs, inputs]; `down` [units, hidden]: columns as rows."""
+
+    number: int
+    attn_norm: torch.Tensor  # [hidden]
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+    norm: torch.Tensor  # [hidden], of the FFN
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    down_norm: torch.Tensor  # [units], of the float32 rows
+
+    def cast(self, dtype: torch.dtype) -> "DecoderLayer":
+        """The same with its matrices as `dtype`; vectors stay float32."""
+        matrices = {
+            field.name: getattr(self, field.name).to(dtype)
+            for field in fields(self)
+            if field.name in ("q", "k", "v", "o", "gate", "up", "down")
+        }
+        return replace(self, **matrices)
+
+
+class DenseModel:
+    """A LLaMA checkpoint: its layers, and the arithmetic of one.
+
+    `dtype`: of the factors of matrix products; sums, norms and the residual stream are float32.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+        """Raises UnknownFamily, InvalidConfig or UnsupportedModel."""
+        find_family(checkpoint.config, checkpoint.source).check(checkpoint.config)
+        self._checkpoint = checkpoint
+        self.dtype = dtype
+        self.shape: LlamaShape = llama_shape(checkpoint.config)
+        self.rms_eps = float(checkpoint.config.get("rms_norm_eps", 1e-6))
+        settings = dict(checkpoint.config)
+        self._config: Any = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        self._final_norm = self._read("model.norm.weight")
+        self._embedding = self._read("model.embed_tokens.weight").to(dtype)
+        head = self._embedding
+        if not self.shape.tied:
+            head = self._read("lm_head.weight").to(dtype)
+        self._head = head
+
+    @property
+    def rope_theta(self) -> float:
+        return float(self._config.rope_parameters["rope_theta"])
+
+    @property
+    def rope_is_plain(self) -> bool:
+        """Whether positions are rotated by theta alone, with no scaling."""
+        return bool(self._config.rope_parameters.get("rope_type", "default") == "default")
+
+    def layer(self, number: int) -> DecoderLayer:
+        """A layer's weights, float32, read now."""
+        prefix = f"model.layers.{number}"
+        attention, ffn = f"{prefix}.self_attn", f"{prefix}.mlp"
+        down = self._read(f"{ffn}.down_proj.weight").t().contiguous()
+        return DecoderLayer(
+            number=number,
+            attn_norm=self._read(f"{prefix}.input_layernorm.weight"),
+            q=self._read(f"{attention}.q_proj.weight"),
+            k=self._read(f"{attention}.k_proj.weight"),
+            v=self._read(f"{attention}.v_proj.weight"),
+            o=self._read(f"{attention}.o_proj.weight"),
+            norm=self._read(f"{prefix}.post_attention_layernorm.weight"),
+            gate=self._read(f"{ffn}.gate_proj.weight"),
+            up=self._read(f"{ffn}.up_proj.weight"),
+            down=down,
+            down_norm=down.norm(dim=1),
+        )
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int64 [windows, tokens] -> float32 [windows, tokens, hidden]."""
+        rows: torch.Tensor = self._embedding[ids]
+        return rows.float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [..., hidden] -> float32 [..., vocabulary]."""
+        return self._product(self.normed(hidden, self._final_norm), self._head)
+
+    def normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm over the last dimension."""
+        mean = hidden.pow(2).mean(-1, keepdim=True)
+        return hidden * torch.rsqrt(mean + self.rms_eps) * weight
+
+    def ffn_input(self, layer: DecoderLayer, attended: torch.Tensor) -> torch.Tensor:
+        """The hidden state behind attention, as the FFN sees it."""
+        return self.normed(attended, layer.norm)
+
+    def activity(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
+        """silu(gate x) * (up x): [..., hidden] -> float32 [..., units]."""
+        gate = self._product(x, layer.gate)
+        return F.silu(gate, inplace=True).mul_(self._product(x, layer.up))
+
+    def summed(self, layer: DecoderLayer, activity: torch.Tensor) -> torch.Tensor:
+        """What units of this activity add to the residual stream: [..., units] -> [..., hidden]."""
+        return (activity.to(self.dtype) @ layer.down.to(self.dtype)).float()
+
+    def attention(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+        """Causal attention over whole windows; hidden float32 [windows, tokens, hidden]."""
+        x = self.normed(hidden, layer.attn_norm)
+        queries, keys, values = (
+            self._by_head(self._product(x, rows)) for rows in (layer.q, layer.k, layer.v)
+        )
+        cosines, sines = self._rotation(hidden.shape[1])
+        mixed = F.scaled_dot_product_attention(
+            _rotated(queries, cosines, sines),
+            _rotated(keys, cosines, sines),
+            values,
+            is_causal=True,
+            enable_gqa=True,
+        )
+        return self._product(mixed.transpose(1, 2).flatten(2), layer.o)
+
+    def _rotation(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        embedding: Any = LlamaRotaryEmbedding(config=self._config)
+        cosines, sines = embedding(torch.empty(1), torch.arange(tokens)[None])
+        return cosines[0], sines[0]
+
+    def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
+        heads: torch.Tensor = rows.unflatten(2, (-1, self.shape.head_dim))
+        return heads.transpose(1, 2)
+
+    def _product(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(self.dtype), rows.to(self.dtype)).float()
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._checkpoint.read_rows(name, 0, self._checkpoint.shape(name)[0]).float()
+
+
+def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    turned: torch.Tensor = x * cosines + torch.cat([-second, first], dim=-1) * sines
+    return turned

@@ -1,0 +1,101 @@
+"""A packed model read back off the drive as the checkpoint it came from.
+
+What is fitted to a model is then fitted to the very values that the drive holds, and needs nothing
+but the drive.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from csd_protocol.packed import PackedModel
+from host_client.model.catalog import read_units
+from host_client.model.checkpoint import Dtype
+from host_client.model.errors import MissingTensor
+from host_client.model.families import Piece, SiteShape, find_family
+from host_client.model.storage import BlockStorage
+
+
+class PackedCheckpoint:
+    """A `Checkpoint` over the sites of a packed model."""
+
+    def __init__(self, storage: BlockStorage, packed: PackedModel) -> None:
+        self._storage, self._packed = storage, packed
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._packed.config
+
+    @property
+    def source(self) -> str:
+        return f"{self._packed.name} on the drive"
+
+    @property
+    def dtype(self) -> Dtype:
+        return self._packed.dtype
+
+    def names(self) -> Sequence[str]:
+        return list(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._find(name)[1].shape
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor, in the 16-bit type that it was packed in."""
+        shape, piece = self._find(name)
+        site = self._packed.find(shape.role, shape.layer)
+        first_row = _rows_before(shape, piece)
+        # A row of a piece lies in one unit; a column tensor's rows lie across all units.
+        first, last = 0, site.count
+        if not piece.columns:
+            first, last = start // piece.rows_per_unit, -(-stop // piece.rows_per_unit)
+        if piece.shape == (shape.width,):
+            first, last = 0, 1
+        units = read_units(self._storage, site, first, last)
+        stacked = units.reshape(last - first, shape.stack_rows, shape.width)
+        rows = stacked[:, first_row : first_row + piece.rows_per_unit].reshape(-1, shape.width)
+        values = torch.from_numpy(rows.view(np.int16).copy()).view(self._dtype)
+        if piece.shape == (shape.width,):
+            return values[0, start:stop]
+        if piece.columns:
+            return values.t()[start:stop]
+        offset = first * piece.rows_per_unit
+        return values[start - offset : stop - offset]
+
+    def digest(self) -> str:
+        return self._packed.fingerprint
+
+    def close(self) -> None:
+        """The drive is the caller's."""
+
+    def __enter__(self) -> "PackedCheckpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._packed.dtype == "bfloat16" else torch.float16
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[SiteShape, Piece]]:
+        family = find_family(self._packed.config, self.source)
+        return {
+            piece.tensor: (shape, piece)
+            for shape in family.sites(self._packed.config)
+            for piece in shape.pieces
+        }
+
+    def _find(self, name: str) -> tuple[SiteShape, Piece]:
+        if name not in self._places:
+            raise MissingTensor(f"{self.source} has no tensor {name}. Pack the model again")
+        return self._places[name]
+
+
+def _rows_before(shape: SiteShape, piece: Piece) -> int:
+    """Rows of the stack above this piece."""
+    return sum(other.rows_per_unit for other in shape.pieces[: shape.pieces.index(piece)])

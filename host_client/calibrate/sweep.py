@@ -1,0 +1,149 @@
+"""The sweep of `csd bench quality`: programs, kept shares and corrections, measured in one lab.
+
+Low-bit rows are rounded once, from calibration text where `fitted` says so; then every setting goes
+through the held-out text. The two never meet.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from host_client.calibrate.builders import WINDOW_DECAY, WINDOW_TOKENS
+from host_client.calibrate.calibration import walk
+from host_client.calibrate.choosers import (
+    AT_FFN,
+    Chooser,
+    Frequency,
+    LayerViews,
+    Oracle,
+    Rollout,
+    Shadow,
+    Window,
+)
+from host_client.calibrate.dense_model import DenseModel
+from host_client.calibrate.lab import WANTED_SHARE, Lab, LabReport, Setting
+from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the choosers of a model draw on."""
+
+    model: DenseModel
+    views: dict[int, LayerViews]  # rows by name: "4", "3 fitted"
+    shares: torch.Tensor  # float32 [layers, units]: how often each unit is wanted
+    resident: torch.Tensor  # bool [layers, units]: the units that the host holds
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One row of the table, as `parse` reads it."""
+
+    program: str
+    lookahead: int
+    kept: float
+    corrected: bool
+
+    @property
+    def name(self) -> str:
+        ahead = "" if self.lookahead == AT_FFN else f"@{self.lookahead}"
+        return f"{self.program}{ahead} {self.kept:g}{'+correct' if self.corrected else ''}"
+
+
+PROGRAMS = ("oracle", "shadow", "rollout", "frequency", "window")
+_NEED_LOOKAHEAD = ("shadow", "rollout")
+DEFAULT_SETTINGS = (
+    "oracle:0.5 oracle:0.33 oracle:0.1 shadow@0:0.5 shadow@1:0.5 shadow@1:0.33 "
+    "rollout@0:0.5 rollout@1:0.5 rollout@1:0.33 rollout@1:0.2 rollout@4:0.5 rollout@4:0.33 "
+    "rollout@1:0.33+correct rollout@1:0.1+correct frequency:0.5 window:0.5"
+).split()
+
+
+def parse(text: str) -> Asked:
+    """PROGRAM[@LOOKAHEAD]:KEPT[+correct], as in rollout@1:0.33+correct. Raises ValueError."""
+    program, _, quality = text.partition(":")
+    program, _, ahead = program.partition("@")
+    kept, plus, correct = quality.partition("+")
+    share = float(kept) if kept.replace(".", "", 1).isdigit() else 0.0
+    lookahead = int(ahead) if ahead.isdigit() else AT_FFN
+    wrong_ahead = bool(ahead) and (program not in _NEED_LOOKAHEAD or not ahead.isdigit())
+    if (
+        program not in PROGRAMS
+        or not 0 < share <= 1
+        or wrong_ahead
+        or correct != "correct" * bool(plus)
+    ):
+        raise ValueError(
+            f"{text!r} is no setting. Write PROGRAM[@LOOKAHEAD]:KEPT[+correct], PROGRAM one of "
+            f"{', '.join(PROGRAMS)}, like rollout@1:0.33+correct"
+        )
+    if program == "rollout" and lookahead == AT_FFN:
+        lookahead = 1
+    return Asked(program, lookahead, share, bool(plus))
+
+
+def prepare(
+    model: DenseModel,
+    windows: torch.Tensor,
+    bits: int,
+    fitted: bool,
+    resident_share: float,
+    progress: Progress,
+) -> Prepared:
+    """One walk of the calibration windows: counts, and the low-bit rows of every layer."""
+    shape = model.shape
+    group = group_of(shape.hidden, shape.heads * shape.head_dim)
+    views, counts = {}, []
+    for found in walk(model, windows, progress=progress):
+        rows = round_layer(found.layer, bits, group, found.moments if fitted else None)
+        low = values_of(found.layer, rows, bits).cast(model.dtype)
+        views[found.layer.number] = LayerViews(found.layer.cast(model.dtype), {"low": low})
+        counts.append(torch.from_numpy(found.counts.astype("float32")))
+    shares = torch.stack(counts) / windows.numel()
+    return Prepared(model, views, shares, hottest(shares, resident_share))
+
+
+def hottest(shares: torch.Tensor, share: float) -> torch.Tensor:
+    """A mask of the units that are wanted most often, over all layers."""
+    resident = torch.zeros(shares.numel(), dtype=torch.bool)
+    resident[shares.flatten().argsort(descending=True)[: round(share * shares.numel())]] = True
+    return resident.view_as(shares)
+
+
+def setting_of(asked: Asked, prepared: Prepared) -> Setting:
+    units, layers = prepared.model.shape.ffn, prepared.model.shape.layers
+    ahead = "" if asked.lookahead == AT_FFN else f", {asked.lookahead} ahead"
+    corrected = ", corrected" if asked.corrected else ""
+    return Setting(
+        program=f"{asked.program}{ahead}{corrected}",
+        chooser=_maker(asked, prepared),
+        kept=[math.ceil(asked.kept * units)] * layers,
+        correction="low" if asked.corrected else None,
+        resident=prepared.resident,
+        name=asked.name,
+    )
+
+
+def _maker(asked: Asked, prepared: Prepared) -> Callable[[], Chooser]:
+    model, shares, lookahead = prepared.model, prepared.shares, asked.lookahead
+    wanted = max(1, round(WANTED_SHARE * model.shape.ffn))
+    makers: dict[str, Callable[[], Chooser]] = {
+        "oracle": Oracle,
+        "shadow": lambda: Shadow(model, "low", lookahead),
+        "rollout": lambda: Rollout(model, "low", lookahead),
+        "frequency": lambda: Frequency(shares),
+        "window": lambda: Window(WINDOW_TOKENS, WINDOW_DECAY, shares, wanted),
+    }
+    return makers[asked.program]
+
+
+def sweep(
+    prepared: Prepared, windows: torch.Tensor, settings: Sequence[Asked], progress: Progress
+) -> LabReport:
+    """Every setting over the held-out windows, int64 [windows, tokens]."""
+    lab = Lab(prepared.model, lambda number: prepared.views[number], windows, progress)
+    return lab.measure([setting_of(asked, prepared) for asked in settings])

@@ -179,10 +179,15 @@ class Ftl:
             retries = self._media.gather(Pieces(columns[0], columns[1], columns[2]), flat)
         except UnrecoveredRead as error:
             raise self._located(error, offsets_bytes, unit_bytes) from None
+        ppns, sizes = self._pages_read(pieces)
         per_page = self._geometry.sectors_per_page
-        ppns, sizes = pages_of(pieces, per_page)
-        self._superblocks.count_reads(ppns, self._geometry.pages_per_superblock)
         return PageReads(ppns, sizes, extra_by_page(retries, ppns, per_page), retries)
+
+    def _pages_read(self, pieces: I64) -> tuple[I64, I64]:
+        """The pages of what was read, and the bytes of each; counts them."""
+        ppns, sizes = pages_of(pieces, self._geometry.sectors_per_page)
+        self._superblocks.count_reads(ppns, self._geometry.pages_per_superblock)
+        return ppns, sizes
 
     def _located(self, error: UnrecoveredRead, offsets: I64, unit_bytes: int) -> UnrecoveredRead:
         """The same error with the LBAs and the rows of the read that it means."""
@@ -224,7 +229,7 @@ class Ftl:
             starts = whole_units(pieces, offsets_bytes.size, unit_bytes)
             if starts is not None:
                 checksums = copy_units(starts, out, keep)
-                return PageReads(*pages_of(pieces, self._geometry.sectors_per_page)), checksums
+                return PageReads(*self._pages_read(pieces)), checksums
         reads = self.read_units(offsets_bytes, unit_bytes, out)
         kept = np.arange(keep.starts.size) * unit_bytes
         gather(out.reshape(-1), kept, np.full_like(kept, unit_bytes), keep.starts, keep.memory)

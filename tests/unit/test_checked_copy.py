@@ -8,7 +8,7 @@ import pytest
 from csd_device.checked_copy import STREAM_BYTES_MIN, Keep, can_copy_checked, copy_checked
 from csd_device.config import load_config
 from csd_device.ftl import Ftl
-from csd_device.nand.media import Media
+from csd_device.nand.passing import PassingMedia
 from csd_protocol.crc32c import crc32c
 
 
@@ -60,20 +60,12 @@ def test_a_unit_outside_of_the_source_is_a_bug(start: int) -> None:
         copy_checked(lines(128), np.array([start]), lines(64).reshape(1, 64), none)
 
 
-class Wrapped:
-    """Media without the direct way."""
-
-    def __init__(self, media: Media) -> None:
-        for name in ("size_bytes", "gather", "write", "erase", "sync", "close"):
-            setattr(self, name, getattr(media, name))
-
-
 @pytest.mark.parametrize("written", [7, 40], ids=["partly mapped", "all mapped"])
 def test_the_ftl_reads_the_same_in_one_pass_and_in_two(tmp_path: Path, written: int) -> None:
     config, unit_bytes = load_config("tiny"), 12_288
     data = np.random.default_rng(1).integers(0, 256, written * 4096, np.uint8)
     found = []
-    for folder, wrap in (("direct", None), ("wrapped", lambda media, _: Wrapped(media))):
+    for folder, wrap in (("direct", None), ("wrapped", lambda media, _: PassingMedia(media))):
         ftl = Ftl.open(tmp_path / folder, config, wrap)
         ftl.write(0, data)
         out, memory = lines(13 * unit_bytes).reshape(13, -1), lines(2 * unit_bytes)
@@ -82,7 +74,9 @@ def test_the_ftl_reads_the_same_in_one_pass_and_in_two(tmp_path: Path, written: 
         reads, checksums = ftl.read_checked(offsets, out, keep)
         assert (memory.reshape(2, -1) == out[[1, 0]]).all()
         assert checksums.tolist() == [crc32c(unit) for unit in out]
-        found.append((out.tobytes(), reads.ppns.tolist(), reads.transfer_bytes.tolist()))
+        pages = (reads.ppns.tolist(), reads.transfer_bytes.tolist())
+        assert ftl.superblocks.reads.sum() == reads.ppns.size
+        found.append((out.tobytes(), *pages))
         ftl.close()
     assert found[0] == found[1]
     expected = np.zeros(13 * unit_bytes, np.uint8)

@@ -5,6 +5,7 @@ superblock's erase: to try again does not help, to erase and try again may.
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from csd_device.config import Geometry
 from csd_device.errors import WriteFault
@@ -14,11 +15,13 @@ from csd_device.nand.faults.dice import throw
 from csd_device.nand.media import Media
 from csd_device.nand.superblocks import Superblocks
 
-_PROGRAM_SALT, _ERASE_SALT = 2, 3  # each fault's own dice
+Flags = npt.NDArray[np.bool_]
 
 
-class ProgramFailures(Decorator):
-    """Raises WriteFault at the first page that fails; the pages before it are programmed."""
+class _CellFailures(Decorator):
+    """What programs and erases share: the dice, and the superblocks that are named."""
+
+    salt = 0  # each fault's own dice
 
     def __init__(
         self,
@@ -30,14 +33,27 @@ class ProgramFailures(Decorator):
         seed: int,
     ) -> None:
         super().__init__(inner, counters)
-        self._rate, self._seed = settings.rate, seed + _PROGRAM_SALT
+        self._rate, self._seed = settings.rate, seed + self.salt
         self._bad = np.array(settings.superblocks, np.int64)
         self._geometry, self._superblocks = geometry, superblocks
+
+    def _fail(self, places: I64, blocks: I64) -> Flags:
+        """Which of these places (pages or superblocks), each in its superblock, fail [n]."""
+        erases = self._superblocks.erases[blocks].astype(np.int64)
+        is_thrown = throw(self._seed, places, erases) <= self._rate
+        failing: Flags = is_thrown | np.isin(blocks, self._bad)
+        return failing
+
+
+class ProgramFailures(_CellFailures):
+    """Raises WriteFault at the first page that fails; the pages before it are programmed."""
+
+    salt = 2
 
     def write(self, start: int, data: U8) -> None:
         page_bytes = self._geometry.page_bytes
         pages = np.arange(start // page_bytes, -(-(start + data.size) // page_bytes))
-        failed = pages[self._fails(pages)]
+        failed = pages[self._fail(pages, pages // self._geometry.pages_per_superblock)]
         if not failed.size:
             self.inner.write(start, data)
             return
@@ -49,40 +65,18 @@ class ProgramFailures(Decorator):
         block = page // self._geometry.pages_per_superblock
         raise WriteFault(f"page {page} of superblock {block} cannot be programmed", address)
 
-    def _fails(self, pages: I64) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
-        blocks = pages // self._geometry.pages_per_superblock
-        erases = self._superblocks.erases[blocks].astype(np.int64)
-        is_thrown = throw(self._seed, pages, erases) <= self._rate
-        failing: np.ndarray[tuple[int], np.dtype[np.bool_]] = is_thrown | np.isin(blocks, self._bad)
-        return failing
 
-
-class EraseFailures(Decorator):
+class EraseFailures(_CellFailures):
     """Raises WriteFault for a superblock that cannot be erased; its bytes stay."""
 
-    def __init__(
-        self,
-        inner: Media,
-        counters: FaultCounters,
-        settings: Failures,
-        geometry: Geometry,
-        superblocks: Superblocks,
-        seed: int,
-    ) -> None:
-        super().__init__(inner, counters)
-        self._rate, self._seed = settings.rate, seed + _ERASE_SALT
-        self._bad = frozenset(settings.superblocks)
-        self._superblock_bytes, self._superblocks = geometry.superblock_bytes, superblocks
+    salt = 3
 
     def erase(self, start: int, length: int) -> None:
-        size = self._superblock_bytes
-        for block in range(start // size, -(-(start + length) // size)):
-            if self._fails(block):
-                self._counters.erase_failures += 1
-                raise WriteFault(f"superblock {block} cannot be erased", block * size)
+        size = self._geometry.superblock_bytes
+        blocks = np.arange(start // size, -(-(start + length) // size))
+        failed = blocks[self._fail(blocks, blocks)]
+        if failed.size:
+            block = int(failed[0])
+            self._counters.erase_failures += 1
+            raise WriteFault(f"superblock {block} cannot be erased", block * size)
         self.inner.erase(start, length)
-
-    def _fails(self, block: int) -> bool:
-        erases = int(self._superblocks.erases[block])
-        thrown = throw(self._seed, np.array([block]), np.array([erases]))[0]
-        return block in self._bad or bool(thrown <= self._rate)

@@ -210,15 +210,11 @@ class Stager:
             at = int(np.argmax(lost))
             status = Status.GUARD_CHECK
             why = f"CRC32C {found[at]:08x}, packed with {expected[at]:08x}"
-        if not lost.all():
-            self._keep(site, units[~lost], data[~lost])
+        if not lost.all():  # the others are asked for again
+            self.cache.insert(site.key, units[~lost], data[~lost])
         if not lost.any():  # a second read went well
             return reads
         raise PieceUnreadable(status, why, _by_copy(site, units, lost, copies), reads)
-
-    def _keep(self, site: SiteRecord, units: U32, data: U8) -> None:
-        """Has the units that were good beside a lost one cached: they are asked for again."""
-        self.cache.insert(site.key, units, data)
 
     def _read_apart(
         self, offsets: I64, data: U8, first: UnrecoveredRead

@@ -42,16 +42,20 @@ class Prediction:
         return self._program().role
 
     def top_units(self, site: SiteRecord, keep: float, time: CommandTime) -> U32:
-        """The site's top fraction, ascending.
+        """The site's top fraction, ascending; of a fraction 0 the program only takes note.
 
         Raises CommandError: No Program, Program Not Activated, On-Drive DRAM Exceeded for what it
         remembers, Invalid Field for a model or a site that the program does not score or hidden
         states that are not finite.
         """
         self._check_site(site)
+        count = kept_count(keep, site.count)
+        if count == 0:
+            time.run_program(self._begun().remember(site.layer))
+            return np.empty(0, np.uint32)
         scores, cost = self._begun().score(site.layer)
         time.run_program(cost)
-        return select_top(scores, kept_count(keep, site.count))
+        return select_top(scores, count)
 
     def correction(self, site: SiteRecord, computed: U32, time: CommandTime) -> F32:
         """What the site's other units add for the FFN's own input, float32 [rows, hidden].

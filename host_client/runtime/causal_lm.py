@@ -75,6 +75,7 @@ class CsdModelForCausalLM:
         *,
         context: int = CONTEXT_DEFAULT,
         lookahead: int = LOOKAHEAD_DEFAULT,
+        predictor: str | None = None,
         reader: ReaderKind = "auto",
         audit: bool = False,
         progress: Progress | None = None,
@@ -84,9 +85,10 @@ class CsdModelForCausalLM:
         model: a folder, a .gguf file, `smollm2-135m`, or the name it has on the drive.
         drive: an open `Drive`, an address, or None for an embedded one.
         dram: host memory for weights, staging buffers and KV cache: `5GiB`, bytes or `45%`.
-        quality: `exact`, or what is kept in decode, like 0.5; see `Quality`.
+        quality: `exact`, or what is kept in decode, like 0.5 or 0.1+correct; see `Quality`.
         context: tokens that the KV cache has room for.
         lookahead: how many layers ahead the drive's program is asked (kept fraction only).
+        predictor: kind of the program that chooses; None: the best that is active.
         audit: measure recall in decode (kept fraction only; stages one layer's rest a token).
 
         The result's `csd` is a `CsdRuntime`; close it when done. Raises ModelError, DriveError,
@@ -101,7 +103,7 @@ class CsdModelForCausalLM:
         with ExitStack() as undo:
             opened = _open_drive(drive, undo)
             name = name_on_drive(model)
-            settings = _Settings(parsed, context, lookahead, reader)
+            settings = _Settings(parsed, context, lookahead, predictor, reader)
             runtime = _start(opened, name, dram, settings, progress or _silent, undo)
             made = skeleton(runtime.packed)
             attach(made, runtime.engine)
@@ -117,6 +119,7 @@ class _Settings:
     quality: Quality
     context: int
     lookahead: int
+    predictor: str | None
     reader: ReaderKind
 
 
@@ -143,7 +146,9 @@ def _start(
     """Load what is resident and start prefetching; what has to be undone goes to `undo`."""
     model_id, packed = open_model(drive, name)
     plan = make_plan(packed, parse_budget(dram, packed), settings.context)
-    guidance = choose_guidance(drive, packed, settings.quality, settings.lookahead)
+    guidance = choose_guidance(
+        drive, model_id, packed, settings.quality, settings.lookahead, settings.predictor
+    )
     tally = Tally()
     readers = [
         undo.enter_context(WindowReader(lambda: open_reader(drive.window_path, settings.reader)))

@@ -70,6 +70,11 @@ class DenseModel:
         return float(self._config.rope_parameters["rope_theta"])
 
     @property
+    def positions_max(self) -> int:
+        """Tokens of the longest text that the model was made for."""
+        return int(self._config.max_position_embeddings)
+
+    @property
     def rope_is_plain(self) -> bool:
         """Whether positions are rotated by theta alone, with no scaling."""
         return bool(self._config.rope_parameters.get("rope_type", "default") == "default")

@@ -25,7 +25,7 @@ from host_client.runtime.checksums import Checksums
 from host_client.runtime.copies import Copies, read_checksums
 from host_client.runtime.engine import Engine
 from host_client.runtime.fetch import Fetcher
-from host_client.runtime.guidance import Guidance, choose_guidance
+from host_client.runtime.guidance import Guidance, Programs, choose_guidance
 from host_client.runtime.layers import StagedFfn
 from host_client.runtime.plan import BUFFERS, Plan, make_plan, parse_budget
 from host_client.runtime.prefetch import Prefetcher
@@ -57,6 +57,11 @@ class CsdRuntime:
     def predictor(self) -> str | None:
         """Kind of the program that guides; None at exact quality."""
         return self.guidance.near.kind if self.guidance is not None else None
+
+    @property
+    def lookahead(self) -> int | None:
+        """Layers ahead that it is asked; None at exact quality."""
+        return self.guidance.near.lookahead if self.guidance is not None else None
 
     def close(self) -> None:
         """Stop prefetching, give leases back; end the drive when it was opened for this model."""
@@ -146,8 +151,9 @@ def _start(
     """Load what is resident and start prefetching; what has to be undone goes to `undo`."""
     model_id, packed = open_model(drive, name)
     plan = make_plan(packed, parse_budget(dram, packed), settings.context)
+    programs = Programs(drive, model_id, packed)
     guidance = choose_guidance(
-        drive, model_id, packed, settings.quality, settings.lookahead, settings.predictor
+        programs, name, settings.quality, settings.lookahead, settings.predictor
     )
     tally = Tally()
     readers = [

@@ -44,18 +44,26 @@ class Prediction:
     def top_units(self, site: SiteRecord, keep: float, time: CommandTime) -> U32:
         """The site's top fraction, ascending; of a fraction 0 the program only takes note.
 
+        Raises as `scores`.
+        """
+        count = kept_count(keep, site.count)
+        if count == 0:
+            self._check_site(site)
+            time.run_program(self._begun().remember(site.layer))
+            return np.empty(0, np.uint32)
+        return select_top(self.scores(site, time), count)
+
+    def scores(self, site: SiteRecord, time: CommandTime) -> F32:
+        """Of each unit of the site [count].
+
         Raises CommandError: No Program, Program Not Activated, On-Drive DRAM Exceeded for what it
         remembers, Invalid Field for a model or a site that the program does not score or hidden
         states that are not finite.
         """
         self._check_site(site)
-        count = kept_count(keep, site.count)
-        if count == 0:
-            time.run_program(self._begun().remember(site.layer))
-            return np.empty(0, np.uint32)
         scores, cost = self._begun().score(site.layer)
         time.run_program(cost)
-        return select_top(scores, count)
+        return scores
 
     def correction(self, site: SiteRecord, computed: U32, time: CommandTime) -> F32:
         """What the site's other units add for the FFN's own input, float32 [rows, hidden].

@@ -125,10 +125,28 @@ class DenseModel:
         """What units of this activity add to the residual stream: [..., units] -> [..., hidden]."""
         return (activity.to(self.dtype) @ layer.down.to(self.dtype)).float()
 
-    def attention(
+    def attention(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+        """Causal attention over whole windows; hidden float32 [windows, tokens, hidden]."""
+        return self.projected(layer, self.mixed(layer, hidden))
+
+    def projected(self, layer: DecoderLayer, mixed: torch.Tensor) -> torch.Tensor:
+        """The heads' values behind the output projection: [..., hidden]."""
+        return self._product(mixed, layer.o)
+
+    def group_outputs(self, layer: DecoderLayer, mixed: torch.Tensor) -> torch.Tensor:
+        """What each KV group adds to the residual stream: [..., groups, hidden].
+
+        mixed: what `mixed` returned; the groups' sum is what `attention` returns.
+        """
+        by_group = mixed.unflatten(-1, (self.shape.kv_heads, -1)).unbind(-2)
+        columns = layer.o.unflatten(1, (self.shape.kv_heads, -1)).unbind(1)
+        pairs = zip(by_group, columns, strict=True)
+        return torch.stack([self._product(*pair) for pair in pairs], -2)
+
+    def mixed(
         self, layer: DecoderLayer, hidden: torch.Tensor, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Causal attention over whole windows; hidden float32 [windows, tokens, hidden].
+        """The heads' values before the output projection: [windows, tokens, heads * head_dim].
 
         kept: the states whose keys and values earlier tokens left, if they are others.
         """
@@ -143,7 +161,7 @@ class DenseModel:
         else:
             earlier = self._keys_values(layer, self.normed(kept, layer.attn_norm))
             mixed = _attend_apart(queries, keys, values, *earlier)
-        return self._product(mixed.transpose(1, 2).flatten(2), layer.o)
+        return mixed.transpose(1, 2).flatten(2)
 
     def _keys_values(
         self, layer: DecoderLayer, x: torch.Tensor

@@ -208,6 +208,31 @@ def test_loading_predictors_replaces_earlier_ones_and_no_others(make_lab) -> Non
         assert others < loaded()
 
 
+@pytest.mark.parametrize(
+    "free_bytes, kinds, skipped",
+    [
+        (400_000, ["rollout", "frequency"], []),
+        (150_000, ["shadow", "frequency"], ["rollout"]),
+        (20_000, ["frequency"], ["rollout", "shadow"]),
+        (500, [], ["rollout", "shadow", "frequency"]),
+    ],
+)
+def test_what_the_drive_cannot_hold_is_skipped_with_a_word(
+    make_lab, free_bytes: int, kinds: list[str], skipped: list[str]
+) -> None:
+    """A rollout takes most, a text's keys and values with it; then a shadow; then counts."""
+    lab = make_lab()
+    lab.packed(NAME)
+    counts = np.ones((LAYERS, NEURONS), np.uint32)
+    packed = store_frequencies(lab.drive, NAME, counts, 1)
+    arena = lab.device._controller.arena
+    arena.allot("taken", arena.free_bytes - free_bytes)
+    loaded = load_predictors(lab.drive, packed, silent)
+    assert loaded.kinds == kinds == [entry["kind"] for entry in lab.drive.programs()]
+    assert [reason.partition(":")[0] for reason in loaded.skipped] == skipped
+    assert all("DRAM" in reason for reason in loaded.skipped)
+
+
 def test_perplexities_agree_at_exact_quality(lab, windows) -> None:
     model, dense = lab.open(NAME), lab.zoo.dense(NAME)
     short = [window[:, :12] for window in windows]

@@ -312,11 +312,12 @@ class Engine:
         if not self._guided:
             return
         assert self._guidance is not None
-        due = min(self._guidance.last_asked(origin), self._layers - 1)
-        if self._next <= due:
-            ask = self._guidance.ask(self._token, hidden, origin)
-            self._prefetcher.request(self._guided_steps[self._next : due + 1], ask)
-            self._next = due + 1
+        due = min(self._guidance.last_asked(origin) + 1, self._layers)
+        ask = self._guidance.ask(self._token, hidden, origin)
+        while self._next < due:  # one run of the program, unless the window is too small
+            steps = self._guided_steps[self._next : min(due, self._next + self._ahead)]
+            self._prefetcher.request(steps, ask)
+            self._next += len(steps)
         self._pump()
 
     def _pump(self) -> None:

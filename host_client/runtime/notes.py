@@ -89,9 +89,13 @@ class Notes:
             )
 
     def settle(self) -> None:
-        """Waits for all that was sent. Raises CommandFailed."""
-        while self._pending:
-            self._settle_one()
+        """Waits for all that was sent, whatever it raises: CommandFailed, DriveLost."""
+        try:
+            while self._pending:
+                self._settle_one()
+        except DriveError:
+            self.drop()
+            raise
 
     def drop(self) -> None:
         """Waits for all that was sent, whatever became of it."""

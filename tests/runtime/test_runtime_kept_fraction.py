@@ -124,16 +124,17 @@ def test_what_is_resident_is_computed_and_asks_no_program(lab, far_from, tokens_
     assert (model.csd.tally.predicted_units, model.csd.tally.recall) == (0, None)
 
 
-def test_an_audit_changes_nothing_but_what_is_staged(lab, tokens_of) -> None:
+@pytest.mark.parametrize("quality", ["0.5", "0.2+correct"])
+def test_an_audit_changes_nothing_but_what_is_staged(lab, tokens_of, quality) -> None:
     load(lab, "shadow")
     ids = tokens_of(lab, NAME, PROMPT + DECODED)
-    plain = lab.open(NAME, lab.budget(NAME, 0.3), 0.5)
+    plain = lab.open(NAME, lab.budget(NAME, 0.3), quality)
     logits = decode(plain, ids)
     assert plain.csd.tally.late_units == 0
     assert plain.csd.tally.recall is None
     staged = plain.csd.tally.staged_bytes
     plain.csd.close()
-    audited = lab.open(NAME, lab.budget(NAME, 0.3), 0.5, audit=True)
+    audited = lab.open(NAME, lab.budget(NAME, 0.3), quality, audit=True)
     assert torch.equal(decode(audited, ids), logits)
     late = audited.csd.tally.late_units
     assert late > 0

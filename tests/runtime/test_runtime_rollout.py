@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from csd_protocol.packed import Role
 from csd_protocol.program_file import encode_frequency
+from csd_protocol.units import MIB
 from host_client.calibrate.preparation import Kind, build_predictor
 from host_client.driver import CommandFailed, Drive, Origin, Told
 from host_client.runtime.quality import Quality
@@ -151,6 +152,18 @@ def test_a_cache_that_the_program_was_not_told_of_begins_a_text_anew(lab, tokens
     logits = passes(model, list(first[:, :2].split(1, dim=1)), cache)
     assert text._first == PROMPT + DECODED
     assert logits.isfinite().all()
+
+
+def test_a_window_of_two_layers_does_for_a_long_lookahead(make_lab, tokens_of) -> None:
+    logits = []
+    for window_bytes in (4 * MIB, MIB // 4):
+        lab = make_lab(window_bytes=window_bytes)
+        load(lab)
+        model = lab.open(NAME, lab.budget(NAME, 0.0), 0.77, lookahead=9)
+        ids = tokens_of(lab, NAME, PROMPT + DECODED)
+        logits.append(passes(model, prompt_and_tokens(ids)))
+        assert model.csd.engine._ahead == (8 if window_bytes > MIB else 2)
+    assert torch.equal(*logits)
 
 
 def test_a_second_generation_is_as_the_first(lab, tokens_of, greedy) -> None:

@@ -35,6 +35,17 @@ class Prediction:
         self._programs, self._hosts, self._host = programs, hosts, host
         self._model, self._number, self._given = model, number, given
         self._run: Run | None = None
+        self._experts: dict[int, U32] | None = None
+
+    def admit(self, experts: dict[int, U32]) -> None:
+        """Of targets of experts only these are staged, by layer."""
+        self._experts = experts
+
+    def admits(self, site: SiteRecord) -> bool:
+        """Whether a target of this site is staged at all."""
+        if self._experts is None or site.expert < 0:
+            return True
+        return bool((self._experts[site.layer] == site.expert).any())
 
     @property
     def role(self) -> Role:
@@ -48,10 +59,14 @@ class Prediction:
         remembers, Invalid Field for a model or a site that the program does not score or hidden
         states that are not finite.
         """
+        return self.top(site, kept_count(keep, site.count), time)
+
+    def top(self, site: SiteRecord, count: int, time: CommandTime) -> U32:
+        """So many of the site's units, or all of them. Raises CommandError as `top_units`."""
         self._check_site(site)
-        scores, cost = self._begun().score(site.layer)
+        scores, cost = self._begun().score(site.program_layer)
         time.run_program(cost)
-        return select_top(scores, kept_count(keep, site.count))
+        return select_top(scores, min(count, site.count))
 
     def correction(self, site: SiteRecord, computed: U32, time: CommandTime) -> F32:
         """What the site's other units add for the FFN's own input, float32 [rows, hidden].
@@ -62,7 +77,7 @@ class Prediction:
         program = self._check_site(site)
         check_ascending(site, computed)
         self._check_finite()
-        values, cost = program.correct(site.layer, self._given.hidden, computed)
+        values, cost = program.correct(site.program_layer, self._given.hidden, computed)
         time.run_program(cost)
         if not np.isfinite(values).all():
             raise CommandError(
@@ -75,7 +90,9 @@ class Prediction:
         """Tells the program which units of a site were active; raises as `top_units`."""
         program = self._check_site(site)
         check_ascending(site, units)
-        program.observe(site.layer, units, self._hosts.memory(self._host, self._number, program))
+        program.observe(
+            site.program_layer, units, self._hosts.memory(self._host, self._number, program)
+        )
 
     def _begun(self) -> Run:
         if self._run is None:
@@ -97,7 +114,7 @@ class Prediction:
 
     def _check_site(self, site: SiteRecord) -> Program:
         program = self._program()
-        if site.role is not program.role or program.unit_count(site.layer) != site.count:
+        if site.role is not program.role or program.unit_count(site.program_layer) != site.count:
             raise CommandError(
                 Status.INVALID_FIELD,
                 f"program {self._number} ({program.kind}, of {program.model}) does not score the "

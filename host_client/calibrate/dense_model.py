@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from host_client.model.checkpoint import Checkpoint
+from host_client.model.errors import UnsupportedModel
 from host_client.model.families import LlamaShape, find_family, llama_shape
 
 
@@ -43,6 +44,15 @@ class DecoderLayer:
         return replace(self, **matrices)
 
 
+def _check_dense(checkpoint: Checkpoint) -> None:
+    if checkpoint.config.get("num_local_experts"):
+        raise UnsupportedModel(
+            f"{checkpoint.source} is a mixture of experts, and what measures text and fits "
+            "programs layer by layer knows dense models only. For mixtures `csd pack` counts "
+            "neurons in its own passes, and `csd predictor build` makes gate, shadow and frequency"
+        )
+
+
 class DenseModel:
     """A LLaMA checkpoint: its layers, and the arithmetic of one.
 
@@ -51,6 +61,7 @@ class DenseModel:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
         """Raises UnknownFamily, InvalidConfig or UnsupportedModel."""
+        _check_dense(checkpoint)
         find_family(checkpoint.config, checkpoint.source).check(checkpoint.config)
         self._checkpoint = checkpoint
         self.dtype = dtype

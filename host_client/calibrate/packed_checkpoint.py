@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from csd_protocol.packed import PackedModel
+from csd_protocol.packed import PackedModel, Site
 from host_client.model.catalog import read_units
 from host_client.model.checkpoint import Dtype
 from host_client.model.errors import MissingTensor
@@ -41,12 +41,11 @@ class PackedCheckpoint:
         return list(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._find(name)[1].shape
+        return self._find(name)[2].shape
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor, in the 16-bit type that it was packed in."""
-        shape, piece = self._find(name)
-        site = self._packed.find(shape.role, shape.layer)
+        site, shape, piece = self._find(name)
         first_row = _rows_before(shape, piece)
         # A row of a piece lies in one unit; a column tensor's rows lie across all units.
         first, last = 0, site.count
@@ -82,15 +81,16 @@ class PackedCheckpoint:
         return torch.bfloat16 if self._packed.dtype == "bfloat16" else torch.float16
 
     @cached_property
-    def _places(self) -> dict[str, tuple[SiteShape, Piece]]:
+    def _places(self) -> dict[str, tuple[Site, SiteShape, Piece]]:
         family = find_family(self._packed.config, self.source)
+        shapes = family.sites(self._packed.config)
         return {
-            piece.tensor: (shape, piece)
-            for shape in family.sites(self._packed.config)
+            piece.tensor: (site, shape, piece)
+            for site, shape in zip(self._packed.sites, shapes, strict=True)
             for piece in shape.pieces
         }
 
-    def _find(self, name: str) -> tuple[SiteShape, Piece]:
+    def _find(self, name: str) -> tuple[Site, SiteShape, Piece]:
         if name not in self._places:
             raise MissingTensor(f"{self.source} has no tensor {name}. Pack the model again")
         return self._places[name]

@@ -1,13 +1,13 @@
 """Predictors: built from a packed model's own units, loaded as programs onto the drive."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from csd_protocol.packed import PackedModel, Role, Site
+from csd_protocol.packed import PackedModel, Site
 from csd_protocol.program_file import ShadowLayer, encode_frequency, encode_shadow
+from host_client.calibrate.packed_units import norm_parts, site_values
 from host_client.driver import Drive
 from host_client.runtime.plain_reads import PlainReads
 
@@ -25,30 +25,28 @@ def build_shadow(
     drive: Drive, packed: PackedModel, progress: Progress, bits: int = SHADOW_BITS
 ) -> bytes:
     """A `shadow` program file: gate and up of every layer at `bits` bits, read off the drive."""
-    hidden = packed.find(Role.FFN, 0).cols
+    ffns = packed.ffns()
+    hidden = ffns[0].cols
     group = next(size for size in _GROUPS if hidden % size == 0)
     layers: dict[int, ShadowLayer] = {}
     reads = PlainReads(drive, packed)
-    for layer in range(packed.layer_count):
-        layers[layer] = _shadow_layer(reads, packed, layer)
-        progress(layer + 1, packed.layer_count)
+    for number, site in enumerate(ffns):
+        layers[packed.program_layer(site)] = _shadow_layer(reads, packed, site)
+        progress(number + 1, len(ffns))
     return encode_shadow(
         packed.name, layers, bits=bits, group=group, rms_eps=float(packed.config["rms_norm_eps"])
     )
 
 
 def build_frequency(packed: PackedModel, counts: U32) -> bytes:
-    """A `frequency` program file from counts [layers, neurons]."""
+    """A `frequency` program file from counts [FFNs, neurons]."""
     return encode_frequency(packed.name, dict(enumerate(counts)))
 
 
 def read_down_norms(drive: Drive, packed: PackedModel) -> F32:
-    """L2 norm of every down column, float32 [layers, neurons]."""
+    """L2 norm of every down column, float32 [FFNs, neurons]."""
     reads = PlainReads(drive, packed)
-    norms = [
-        _values(reads, packed, packed.find(Role.FFN, layer))[:, 2].norm(dim=1).numpy()
-        for layer in range(packed.layer_count)
-    ]
+    norms = [site_values(reads, packed, site)[:, 2].norm(dim=1).numpy() for site in packed.ffns()]
     return np.stack(norms)
 
 
@@ -65,29 +63,12 @@ def load_predictor(drive: Drive, packed: PackedModel, kind: str, data: bytes) ->
     return number
 
 
-def _shadow_layer(reads: PlainReads, packed: PackedModel, layer: int) -> ShadowLayer:
-    neurons = _values(reads, packed, packed.find(Role.FFN, layer))  # [neurons, 3, hidden]
-    norm = dict(_norm_parts(reads, packed, layer))["post_attention_norm"]
+def _shadow_layer(reads: PlainReads, packed: PackedModel, site: Site) -> ShadowLayer:
+    neurons = site_values(reads, packed, site)  # [neurons, 3, hidden]
+    norm = norm_parts(reads, packed, site.layer)["post_attention_norm"]
     return ShadowLayer(
         norm=norm.numpy(),
         gate=neurons[:, 0].numpy(),
         up=neurons[:, 1].numpy(),
         down_norm=neurons[:, 2].norm(dim=1).numpy(),
     )
-
-
-def _norm_parts(
-    reads: PlainReads, packed: PackedModel, layer: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    site = packed.find(Role.NORMS, layer)
-    values = _values(reads, packed, site).reshape(-1)
-    sizes = [int(np.prod(part.shape)) for part in site.parts]
-    for part, piece in zip(site.parts, values.split(sizes), strict=True):
-        yield part.name, piece
-
-
-def _values(reads: PlainReads, packed: PackedModel, site: Site) -> torch.Tensor:
-    """All units of a site as float32 [count, rows, cols]."""
-    dtype = torch.bfloat16 if packed.dtype == "bfloat16" else torch.float16
-    patterns = reads.site_units(site)
-    return torch.from_numpy(patterns.view(np.int16)).view(dtype).float()

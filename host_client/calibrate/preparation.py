@@ -11,8 +11,10 @@ from csd_protocol.packed import PackedModel
 from host_client.calibrate.builders import Builder, Recipe
 from host_client.calibrate.calibration import walk
 from host_client.calibrate.dense_model import DenseModel
+from host_client.calibrate.gate_builder import build_gate
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.predictor import (
+    SHADOW_BITS,
     build_frequency,
     build_shadow,
     load_predictor,
@@ -78,6 +80,7 @@ class Kind(StrEnum):
     WINDOW = "window"
     FREQUENCY = "frequency"
     ORACLE = "oracle"
+    GATE = "gate"
 
     @property
     def needs_text(self) -> bool:
@@ -98,8 +101,10 @@ def build_predictor(
     """
     if kind == Kind.FREQUENCY:
         return _frequency(drive, packed)
-    if recipe is None and kind == Kind.SHADOW:
-        return build_shadow(drive, packed, progress)
+    if kind == Kind.GATE:
+        return build_gate(drive, packed, progress)
+    if kind == Kind.SHADOW and (recipe is None or packed.experts):
+        return build_shadow(drive, packed, progress, recipe.bits if recipe else SHADOW_BITS)
     builder = Builder(drive, packed, recipe or Recipe(), progress)
     with torch.inference_mode():
         made: bytes = getattr(builder, Kind(kind).value)()
@@ -118,7 +123,8 @@ def _frequency(drive: Drive, packed: PackedModel) -> bytes:
 
 def load_predictors(drive: Drive, packed: PackedModel, progress: Progress) -> list[str]:
     """Build and load every kind that can be built; the kinds."""
-    kinds = ["shadow"] + (["frequency"] if packed.frequencies is not None else [])
+    kinds = ["gate"] if packed.experts else []
+    kinds += ["shadow"] + (["frequency"] if packed.frequencies is not None else [])
     for kind in kinds:
         load_predictor(drive, packed, kind, build_predictor(drive, packed, kind, progress))
     return kinds

@@ -54,6 +54,7 @@ class SiteShape:
     width: int
     pieces: tuple[Piece, ...]
     parts: tuple[Part, ...] = ()
+    expert: int = -1  # whose FFN this is, in a mixture
 
     @property
     def stack_rows(self) -> int:
@@ -178,6 +179,12 @@ def llama_sites(config: dict[str, Any]) -> Iterator[SiteShape]:
 
 
 def _llama_layer(layer: int, prefix: str, shape: LlamaShape) -> Iterator[SiteShape]:
+    yield from _llama_attention(layer, prefix, shape)
+    gate, up, down = (f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+    yield _ffn(layer, gate, up, down, shape)
+
+
+def _llama_attention(layer: int, prefix: str, shape: LlamaShape) -> Iterator[SiteShape]:
     norms = {
         name: f"{prefix}.{tensor}.weight"
         for name, tensor in (
@@ -188,7 +195,6 @@ def _llama_layer(layer: int, prefix: str, shape: LlamaShape) -> Iterator[SiteSha
     yield _norms(Role.NORMS, layer, norms, shape)
     yield _kv(layer, f"{prefix}.self_attn", shape)
     yield _heads(layer, f"{prefix}.self_attn", shape)
-    yield _ffn(layer, f"{prefix}.mlp", shape)
 
 
 def _rows(role: Role, tensor: str, shape: LlamaShape) -> SiteShape:
@@ -222,12 +228,62 @@ def _heads(layer: int, prefix: str, shape: LlamaShape) -> SiteShape:
     return SiteShape(Role.HEADS, UnitKind.HEAD, layer, count, 2 * rows, width, width, pieces)
 
 
-def _ffn(layer: int, prefix: str, shape: LlamaShape) -> SiteShape:
+def _ffn(
+    layer: int, gate: str, up: str, down: str, shape: LlamaShape, expert: int = -1
+) -> SiteShape:
+    """`gate`, `up` and `down` are names of linear layers."""
     count, width = shape.ffn, shape.hidden
-    gate = Piece(f"{prefix}.gate_proj.weight", (count, width), 1)
-    up = Piece(f"{prefix}.up_proj.weight", (count, width), 1)
-    down = Piece(f"{prefix}.down_proj.weight", (width, count), 1, columns=True)
-    return SiteShape(Role.FFN, UnitKind.NEURON, layer, count, 3, width, width, (gate, up, down))
+    pieces = (
+        Piece(f"{gate}.weight", (count, width), 1),
+        Piece(f"{up}.weight", (count, width), 1),
+        Piece(f"{down}.weight", (width, count), 1, columns=True),
+    )
+    kind = UnitKind.NEURON
+    return SiteShape(Role.FFN, kind, layer, count, 3, width, width, pieces, expert=expert)
 
 
-FAMILIES = {"llama": Family(check_llama, llama_sites)}
+# ---- Mixtral ---------------------------------------------------------------------------------
+
+
+def expert_count(config: dict[str, Any]) -> int:
+    """Raises InvalidConfig unless a token's experts are as many as there are, or fewer."""
+    experts, used = config.get("num_local_experts"), config.get("num_experts_per_tok")
+    if not isinstance(experts, int) or not isinstance(used, int) or not 1 <= used <= experts:
+        raise InvalidConfig(
+            f"config: num_experts_per_tok is {used!r} of num_local_experts {experts!r}; "
+            "a token's experts are one at least, and not more than there are"
+        )
+    return experts
+
+
+def check_mixtral(config: dict[str, Any]) -> None:
+    """Raises InvalidConfig, UnsupportedModel."""
+    check_llama(config)
+    expert_count(config)
+
+
+def mixtral_sites(config: dict[str, Any]) -> Iterator[SiteShape]:
+    """As LLaMA's, but each layer with a router and an FFN for each expert."""
+    shape, experts = llama_shape(config), expert_count(config)
+    yield _rows(Role.EMBED, "model.embed_tokens.weight", shape)
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}"
+        yield from _llama_attention(layer, prefix, shape)
+        yield _router(layer, f"{prefix}.block_sparse_moe.gate.weight", experts, shape)
+        for expert in range(experts):
+            names = f"{prefix}.block_sparse_moe.experts.{expert}"
+            yield _ffn(layer, f"{names}.w1", f"{names}.w3", f"{names}.w2", shape, expert)
+    yield _norms(Role.FINAL_NORM, -1, {"norm": "model.norm.weight"}, shape)
+    if not shape.tied:
+        yield _rows(Role.LM_HEAD, "lm_head.weight", shape)
+
+
+def _router(layer: int, tensor: str, experts: int, shape: LlamaShape) -> SiteShape:
+    width, piece = shape.hidden, Piece(tensor, (experts, shape.hidden), 1)
+    return SiteShape(Role.ROUTER, UnitKind.ROW, layer, experts, 1, width, width, (piece,))
+
+
+FAMILIES = {
+    "llama": Family(check_llama, llama_sites),
+    "mixtral": Family(check_mixtral, mixtral_sites),
+}

@@ -28,6 +28,7 @@ from host_client.model.errors import (
     TornFile,
     UnsupportedModel,
 )
+from host_client.model.naming import by_table
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -48,20 +49,21 @@ class SafetensorsFolder:
         self.config = _read_config(folder)
         self._files: list[TensorFile] = []
         self._headers: list[bytes] = []
-        self._tensors: dict[str, StoredTensor] = {}
+        self._stored: dict[str, StoredTensor] = {}
         try:
             for path in _weight_files(folder):
                 self._add(path)
         except BaseException:
             self.close()
             raise
+        self._tensors = by_table(self._stored, self.config)
 
     def _add(self, path: Path) -> None:
         file = TensorFile(path)
         self._files.append(file)
         header, tensors = _read_header(file)
         self._headers.append(header)
-        self._tensors.update(tensors)
+        self._stored.update(tensors)
 
     @property
     def source(self) -> str:
@@ -95,7 +97,7 @@ class SafetensorsFolder:
             raise MissingTensor(f"{self._folder} has no tensor {name}") from None
 
     def digest(self) -> str:
-        return sample_digest(self._headers, self._tensors.values())
+        return sample_digest(self._headers, self._stored.values())
 
     def close(self) -> None:
         for file in self._files:

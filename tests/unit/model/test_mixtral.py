@@ -176,9 +176,6 @@ def test_experts_are_counted_through(packed: PackedModel) -> None:
     numbers = [packed.program_layer(site) for site in packed.ffns()]
     assert numbers == list(range(LAYERS * EXPERTS))
     assert packed.ffns(1)[2].name == "layers.1.experts.2"
-        "layers.1.experts.0",
-        "layers.1.experts.1",
-    ]
     assert decode_manifest(encode_manifest(packed)) == packed
     with pytest.raises(KeyError, match="no site ffn in layer 0"):
         packed.find(Role.FFN, 0)

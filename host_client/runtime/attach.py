@@ -77,7 +77,7 @@ def _entry_hook(number: int, engine: Engine) -> Any:
         if number == 0:
             cache = keywords.get("past_key_values")
             cached = int(cache.get_seq_length()) if cache is not None else 0
-            engine.check_context(hidden.shape[0] * (cached + hidden.shape[1]))
+            engine.locate(cached, hidden.shape[0] * (cached + hidden.shape[1]))
         engine.enter(number, _rows(hidden))
 
     return enter

@@ -2,7 +2,8 @@
 
 The host cannot score neurons it does not hold, so on each decoded token one layer, in turn, has the
 rest of its neurons staged late and scored by |silu(g) * u| * ||down||, as the choice itself is.
-What that moves is counted as late, and is about one layer's share of the staged volume.
+Counted are the wanted units that the program chose, and those that were computed, as resident ones
+always are. What that moves is counted as late, and is about one layer's share of what is staged.
 """
 
 import math
@@ -29,7 +30,7 @@ class Auditor:
     def __call__(self, site: Site, x: F32, block: Block) -> None:
         """x: the true FFN input, float32 [1, hidden]."""
         engine = self._engine
-        if block.predicted is None or engine.tokens_seen % engine.model.layer_count != site.layer:
+        if block.predicted is None or engine.position % engine.model.layer_count != site.layer:
             return
         entry = engine.resident[site.site]
         scores = np.zeros(site.count, np.float32)
@@ -37,10 +38,12 @@ class Auditor:
         scores[block.units] = self._scores(x, block.values)
         for units, values in engine.missed_parts(site, block):
             scores[units] = self._scores(x, values)
-        kept = math.ceil(engine.quality.kept * site.count)
+        kept = math.ceil(engine.kept_of(site) * site.count)
         wanted = np.argpartition(-scores, kept - 1)[:kept]
         engine.tally.wanted_units += kept
         engine.tally.wanted_in_time += int(np.isin(wanted, block.predicted).sum())
+        computed = entry.held[wanted] | np.isin(wanted, block.units)
+        engine.tally.wanted_computed += int(computed.sum())
 
     def _scores(self, x: F32, values: U16) -> F32:
         activity = np.zeros((1, values.shape[0]), np.float32)

@@ -23,19 +23,19 @@ from host_client.runtime.attach import attach, skeleton
 from host_client.runtime.audit import Auditor
 from host_client.runtime.checksums import Checksums
 from host_client.runtime.copies import Copies, read_checksums
-from host_client.runtime.engine import Engine, Guidance
+from host_client.runtime.engine import Engine
 from host_client.runtime.fetch import Fetcher
+from host_client.runtime.guidance import Guidance, choose_guidance
 from host_client.runtime.layers import StagedFfn
 from host_client.runtime.plan import BUFFERS, Plan, make_plan, parse_budget
 from host_client.runtime.prefetch import Prefetcher
 from host_client.runtime.quality import Quality
-from host_client.runtime.refusals import NoPredictor, RequestRefused
+from host_client.runtime.refusals import RequestRefused
 from host_client.runtime.residency import Progress, ResidentSite, load_resident
 from host_client.runtime.tally import Tally
 
 CONTEXT_DEFAULT = 512
 LOOKAHEAD_DEFAULT = 1
-_PREFERRED = ("shadow", "frequency")  # which kind of program guides a kept fraction
 
 
 @dataclass(slots=True)
@@ -50,8 +50,13 @@ class CsdRuntime:
     copies: Copies
     reader: WindowReader
     weights_bytes: int  # host memory that was allocated for units and staging buffers
-    predictor: str | None  # kind of the program that guides, None at exact quality
+    guidance: Guidance | None  # None at exact quality
     owned: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def predictor(self) -> str | None:
+        """Kind of the program that guides; None at exact quality."""
+        return self.guidance.near.kind if self.guidance is not None else None
 
     def close(self) -> None:
         """Stop prefetching, give leases back; end the drive when it was opened for this model."""
@@ -79,7 +84,7 @@ class CsdModelForCausalLM:
         model: a folder, a .gguf file, `smollm2-135m`, or the name it has on the drive.
         drive: an open `Drive`, an address, or None for an embedded one.
         dram: host memory for weights, staging buffers and KV cache: `5GiB`, bytes or `45%`.
-        quality: `exact`, or the fraction of FFN neurons kept in decode, like 0.5.
+        quality: `exact`, or what is kept in decode, like 0.5; see `Quality`.
         context: tokens that the KV cache has room for.
         lookahead: how many layers ahead the drive's program is asked (kept fraction only).
         audit: measure recall in decode (kept fraction only; stages one layer's rest a token).
@@ -138,7 +143,7 @@ def _start(
     """Load what is resident and start prefetching; what has to be undone goes to `undo`."""
     model_id, packed = open_model(drive, name)
     plan = make_plan(packed, parse_budget(dram, packed), settings.context)
-    guidance, predictor = _guidance(drive, packed, settings.quality, settings.lookahead)
+    guidance = choose_guidance(drive, packed, settings.quality, settings.lookahead)
     tally = Tally()
     readers = [
         undo.enter_context(WindowReader(lambda: open_reader(drive.window_path, settings.reader)))
@@ -166,27 +171,7 @@ def _start(
     )
     undo.callback(engine.abandon)
     weights = _allocated(resident, buffers) + plan.fetch_buffer_bytes
-    return CsdRuntime(drive, packed, plan, engine, tally, copies, readers[1], weights, predictor)
-
-
-def _guidance(
-    drive: Drive, packed: PackedModel, quality: Quality, lookahead: int
-) -> tuple[Guidance | None, str | None]:
-    """The program that chooses, when something is to be left out. Raises NoPredictor."""
-    if quality.exact:
-        return None, None
-    loaded = {
-        entry["kind"]: entry["program"]
-        for entry in drive.programs()
-        if entry["active"] and entry["model"] == packed.name
-    }
-    for kind in _PREFERRED:
-        if kind in loaded:
-            return Guidance(loaded[kind], lookahead), kind
-    raise NoPredictor(
-        f"quality {quality} needs a predictor for {packed.name} on the drive, and none is active. "
-        f"Run `csd predictor build shadow {packed.name}`, or ask for --quality exact"
-    )
+    return CsdRuntime(drive, packed, plan, engine, tally, copies, readers[1], weights, guidance)
 
 
 def _allocated(resident: dict[int, ResidentSite], buffers: list[Buffer]) -> int:

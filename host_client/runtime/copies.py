@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from csd_protocol.packed import PackedModel, Site
 from host_client.driver import CommandFailed, Drive, PendingCommand, Staged, StageTarget
+from host_client.driver.commands import NOTHING_TOLD, Told
 from host_client.model.catalog import read_crc_table
 from host_client.model.errors import DamagedRecord
 
@@ -85,12 +86,13 @@ class Copies:
         hidden: F32,
         targets: Sequence[StageTarget],
         release: Sequence[int] = (),
+        told: Told = NOTHING_TOLD,
     ) -> "PendingUnits":
         """As `Drive.predict_and_stage`."""
 
         def send(aimed: Sequence[StageTarget], back: Sequence[int]) -> PendingCommand[Staged]:
             return self._drive.predict_and_stage(
-                self._model_id, program, token, hidden, aimed, back
+                self._model_id, program, token, hidden, aimed, back, told
             )
 
         return PendingUnits(self, send, targets, release)

@@ -2,10 +2,9 @@
 
 Two ways to run a pass. A *sweep* needs every unit (exact quality, and any pass over more than a
 few tokens): steps are requested as far ahead as the drive's window allows, across the end of a
-pass, since the next token needs the same again. A *guided* pass (a kept fraction, decode) lets the
-program on the drive choose: layer l + lookahead is requested with the hidden state behind layer l's
-attention, while its FFN and the next attention compute; at lookahead 0, layer l is requested with
-the hidden state that enters it, behind its own attention alone. The nearer, the better the choice.
+pass, since the next token needs the same again. A *guided* pass (a kept fraction, decode) lets a
+program on the drive choose, by the hidden states of the pass; when it is asked is `guidance`'s.
+What is resident is computed in both, whatever was chosen: it costs nothing.
 
 Modules (`layers`) call in here in the order of the forward pass: `begin`, then for each layer
 `enter`, `attended`, `block` and `leave`, then `head_slices`.
@@ -13,7 +12,6 @@ Modules (`layers`) call in here in the order of the forward pass: `begin`, then 
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +20,10 @@ import torch
 from csd_protocol.packed import PackedModel, Role, Site
 from csd_protocol.units import format_size
 from host_client.driver import Drive
+from host_client.driver.commands import Origin
 from host_client.io import Buffer
 from host_client.runtime.fetch import WINDOW_SHARE, Fetcher
+from host_client.runtime.guidance import Guidance
 from host_client.runtime.kernels import NARROW_ROWS
 from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
@@ -63,14 +63,6 @@ class TorchThreads:
         torch.set_num_threads(self._before)
 
 
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """How a kept fraction is chosen: which program, and how many layers ahead it is asked."""
-
-    program: int
-    lookahead: int
-
-
 class Engine:
     """Steps of one model over one drive. Not thread-safe: one forward pass at a time."""
 
@@ -92,12 +84,13 @@ class Engine:
         self.resident, self.quality, self.tally = resident, quality, tally
         self.bf16 = model.dtype == "bfloat16"
         self.head = head_site(model)
-        self.tokens_seen = 0
+        self.position = 0  # of the running pass's row 0, in its text
         self._fetcher, self._prefetcher = fetcher, prefetcher
         self._guidance = guidance
         self._now_ns = now_ns
         self._fetch_buffer = Buffer(plan.fetch_buffer_bytes)
-        self._steps = _steps_of(model, plan, resident, self.head)
+        self._steps = self._steps_of(guided=False)
+        self._guided_steps = self._steps_of(guided=True)
         self._layers = model.layer_count
         self._ahead = _steps_ahead(drive.window_bytes, self._steps)
         self._next = 0  # the step to request next
@@ -131,9 +124,12 @@ class Engine:
             told = residency_of(self.resident.values())
             self.drive.set_residency(self.model_id, told, teller=self)
 
-    def check_context(self, tokens: int) -> None:
-        """The KV cache is about to hold `tokens` in all its rows. Raises ContextExceeded."""
-        self.tokens_seen = tokens
+    def locate(self, position: int, tokens: int) -> None:
+        """The pass starts at `position`, and the KV cache will hold `tokens` in all its rows.
+
+        Raises ContextExceeded.
+        """
+        self.position = position
         if tokens > self.plan.context:
             raise ContextExceeded(
                 f"{tokens} tokens in the KV cache; the plan made room for {self.plan.context}. "
@@ -143,19 +139,11 @@ class Engine:
     def enter(self, layer: int, hidden: F32) -> None:
         """The hidden state [rows, hidden] enters `layer`: request it, unless that was done."""
         self._release_current()
-        self._request_up_to(layer, hidden)
+        self._request_guided(Origin(layer), hidden)
 
     def attended(self, layer: int, hidden: F32) -> None:
         """The hidden state [rows, hidden] behind the attention of `layer`: request what follows."""
-        if self._guidance is not None:
-            self._request_up_to(layer + self._guidance.lookahead, hidden)
-
-    def _request_up_to(self, layer: int, hidden: F32) -> None:
-        if not self._guided:
-            return
-        while self._next <= min(layer, self._layers - 1):
-            self._request_guided(hidden)
-        self._pump()
+        self._request_guided(Origin(layer, behind_attention=True), hidden)
 
     def block(self, site: Site) -> Block | None:
         """The staged part of a site of the current layer, waiting for it; None: nothing staged."""
@@ -221,6 +209,29 @@ class Engine:
         values = self._fetch_buffer.array[: units.size * site.unit_bytes]
         return values.view(np.uint16).reshape(units.size, site.rows * site.cols)
 
+    # ---- steps -------------------------------------------------------------------------------
+
+    def _steps_of(self, guided: bool) -> list[Step]:
+        """One step a layer, then one a slice of the output head; what is resident is in none."""
+        layers = [
+            [
+                Wanted(site, keep=self.kept_of(site) if guided else 1.0)
+                for site in self.model.sites
+                if site.layer == layer and self.resident[site.site].missing.size
+            ]
+            for layer in range(self.model.layer_count)
+        ]
+        rows = self.resident[self.head.site].missing
+        rows_in_slice = max(1, self.plan.buffer_bytes // self.head.unit_bytes)
+        slices = [
+            [Wanted(self.head, units=rows[start : start + rows_in_slice])]
+            for start in range(0, rows.size, rows_in_slice)
+        ]
+        return [
+            Step(number, tuple(wanted), _missing_bytes(wanted, self.resident))
+            for number, wanted in enumerate(layers + slices)
+        ]
+
     # ---- requests ----------------------------------------------------------------------------
 
     @property
@@ -228,12 +239,30 @@ class Engine:
         """Whether the running pass lets the program choose."""
         return self._guided
 
+    def kept_of(self, site: Site) -> float:
+        """The fraction of a site's units that a guided pass needs; 1: all of them."""
+        if site.role is Role.FFN:
+            return self.quality.kept
+        return 1.0
+
+    def _request_guided(self, origin: Origin, hidden: F32) -> None:
+        """Let the program choose for the layers that are due with a state from there."""
+        if not self._guided:
+            return
+        assert self._guidance is not None
+        due = min(self._guidance.last_asked(origin), self._layers - 1)
+        if self._next <= due:
+            ask = self._guidance.ask(self.position, hidden, origin)
+            self._prefetcher.request(self._guided_steps[self._next : due + 1], ask)
+            self._next = due + 1
+        self._pump()
+
     def _pump(self) -> None:
         """Request what is known to be needed, as far ahead as the window allows."""
         burst = max(1, min(BURST_STEPS_MAX, self._ahead // 2))
         while self._prefetcher.outstanding + burst <= self._ahead and self._may_request():
             steps = self._steps[self._next : self._next + burst]
-            self._prefetcher.request(steps, token=self.tokens_seen)
+            self._prefetcher.request(steps)
             self._next += len(steps)
             if self._next == len(self._steps) and self.quality.exact:
                 self._next = 0
@@ -242,17 +271,6 @@ class Engine:
         if self._next == len(self._steps):
             return False
         return not self._guided or self._next >= self._layers
-
-    def _request_guided(self, hidden: F32) -> None:
-        assert self._guidance is not None
-        self._prefetcher.request(
-            [self._steps[self._next]],
-            program=self._guidance.program,
-            keep=self.quality.kept,
-            hidden=hidden,
-            token=self.tokens_seen,
-        )
-        self._next += 1
 
     def _take(self, number: int) -> Arrival:
         if self._prefetcher.next_number is None:
@@ -278,32 +296,13 @@ class Engine:
         self._next = 0
 
 
-def _steps_of(
-    model: PackedModel, plan: Plan, resident: dict[int, ResidentSite], head: Site
-) -> list[Step]:
-    """One step a layer, then one a slice of the head rows that are not resident."""
-    steps = []
-    for layer in range(model.layer_count):
-        sites = [
-            site for site in model.sites if site.layer == layer and site.role is not Role.NORMS
-        ]
-        wanted = tuple(
-            Wanted(site, predictable=site.role is Role.FFN)
-            for site in sites
-            if resident[site.site].missing.size or site.role is Role.FFN
-        )
-        steps.append(Step(layer, wanted, _missing_bytes(wanted, resident)))
-    rows = resident[head.site].missing
-    rows_in_slice = max(1, plan.buffer_bytes // head.unit_bytes)
-    for start in range(0, rows.size, rows_in_slice):
-        part = rows[start : start + rows_in_slice]
-        wanted = (Wanted(head, units=part),)
-        steps.append(Step(len(steps), wanted, part.size * head.unit_bytes))
-    return steps
-
-
-def _missing_bytes(wanted: tuple[Wanted, ...], resident: dict[int, ResidentSite]) -> int:
-    return sum(entry.site.unit_bytes * resident[entry.site.site].missing.size for entry in wanted)
+def _missing_bytes(wanted: list[Wanted], resident: dict[int, ResidentSite]) -> int:
+    counts = (
+        resident[entry.site.site].missing.size if entry.units is None else entry.units.size
+        for entry in wanted
+    )
+    sizes = (entry.site.unit_bytes for entry in wanted)
+    return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 
 def _steps_ahead(window_bytes: int, steps: list[Step]) -> int:

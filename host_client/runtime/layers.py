@@ -120,9 +120,11 @@ class StagedFfn(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         engine, flat = self._engine, _flat(x)
-        block = engine.block(self._site)
         out = np.zeros_like(flat)
-        self._add_resident(flat, out, block)
+        entry = engine.resident[self._site.site]
+        if entry.units.size:  # whatever was chosen, and while that is still on its way
+            self._add(flat, out, entry.units, entry.values)
+        block = engine.block(self._site)
         if block is not None and block.units.size:
             self._add(flat, out, block.units, block.values)
         if not engine.guided:
@@ -132,17 +134,6 @@ class StagedFfn(nn.Module):
             self.auditor(self._site, flat, block)
         engine.leave(self._layer)
         return _like(x, out)
-
-    def _add_resident(self, x: F32, out: F32, block: Block | None) -> None:
-        """All resident neurons, or, where prediction chose, those of its choice."""
-        entry = self._engine.resident[self._site.site]
-        if not entry.units.size:
-            return
-        if block is None or block.predicted is None:
-            self._add(x, out, entry.units, entry.values)
-            return
-        rows = entry.rows_of(block.predicted)
-        kernels.neurons(x, entry.values, rows, out, self._engine.bf16)
 
     def _add(self, x: F32, out: F32, units: U32, values: U16) -> None:
         activity = np.empty((x.shape[0], units.size), np.float32) if self.observer else None

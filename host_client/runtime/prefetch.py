@@ -28,6 +28,7 @@ from host_client.io import Buffer, Extent, WindowLost, WindowReader
 from host_client.runtime.checksums import Checksums
 from host_client.runtime.copies import Copies, PendingUnits
 from host_client.runtime.fetch import STAGE_TIMEOUT_S, WINDOW_LOSSES_MAX
+from host_client.runtime.guidance import Ask
 from host_client.runtime.plan import STAGE_ALIGN_BYTES
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
@@ -36,7 +37,6 @@ from host_client.runtime.timeline import READING, HostTimeline
 
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
-F32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,12 @@ class Wanted:
 
     site: Site
     units: U32 | None = None
-    predictable: bool = False  # an FFN, of which a kept fraction may do
+    keep: float = 1.0  # below 1: the fraction that a program chooses
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one layer or one slice of the output head needs from the drive."""
+    """What one layer or one slice of the output head needs from the drive; resident sites: no."""
 
     number: int
     wanted: tuple[Wanted, ...]
@@ -88,7 +88,6 @@ class Arrival:
 @dataclass(frozen=True, slots=True)
 class _Request:
     step: Step
-    wanted: tuple[Wanted, ...]  # the step's, less what is resident anyway
     generation: int  # of the window when it was asked for
     arrived: "queue.SimpleQueue[Arrival | BaseException]"
 
@@ -142,29 +141,19 @@ class Prefetcher:
         """The step that the next `take` returns; None when nothing was requested."""
         return self._outstanding[0].step.number if self._outstanding else None
 
-    def request(
-        self,
-        steps: Sequence[Step],
-        program: int = 0,
-        keep: float = 1.0,
-        hidden: F32 | None = None,
-        token: int = 0,
-    ) -> None:
-        """Ask the drive for steps, in one command; with `keep` < 1 for what `program` chooses.
-
-        hidden: float32 [rows, hidden], what the program looks at.
-        """
+    def request(self, steps: Sequence[Step], ask: Ask | None = None) -> None:
+        """Ask the drive for steps, in one command; with `ask` where a program is to choose."""
         generation = self._reader.generation
-        requests = tuple(
-            _Request(step, self._lacking(step, keep), generation, queue.SimpleQueue())
-            for step in steps
-        )
-        targets = [_target(wanted, keep) for request in requests for wanted in request.wanted]
+        requests = tuple(_Request(step, generation, queue.SimpleQueue()) for step in steps)
+        wanted = [wanted for step in steps for wanted in step.wanted]
+        targets = [_target(entry) for entry in wanted]
         release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
         pending: PendingUnits | None = None
         asked_ns = self.timeline.now_ns() if self.timeline else 0
-        if targets and keep < 1.0 and hidden is not None:
-            pending = self._copies.predict_and_stage(program, token, hidden, targets, release)
+        if ask is not None and any(entry.keep < 1.0 for entry in wanted):
+            pending = self._copies.predict_and_stage(
+                ask.program, ask.token, ask.hidden, targets, release, ask.told
+            )
         elif targets:
             pending = self._copies.stage(targets, release)
         self._outstanding.extend(requests)
@@ -195,13 +184,6 @@ class Prefetcher:
         self.drain()
         self._thread.join()
 
-    def _lacking(self, step: Step, keep: float) -> tuple[Wanted, ...]:
-        return tuple(
-            wanted
-            for wanted in step.wanted
-            if self._resident[wanted.site.site].missing.size or (wanted.predictable and keep < 1.0)
-        )
-
     # ---- the reading thread ------------------------------------------------------------------
 
     def _read_all(self) -> None:
@@ -223,7 +205,7 @@ class Prefetcher:
                 self.timeline.note_command(numbers, burst.asked_ns, staged.timing)
             sites = iter(staged.sites)
         for request in burst.requests:
-            mine = list(itertools.islice(sites, len(request.wanted)))
+            mine = list(itertools.islice(sites, len(request.step.wanted)))
             try:
                 arrival = self._arrive(request, mine)
             except BaseException:
@@ -260,7 +242,7 @@ class Prefetcher:
             )
         started_ns = self.timeline.now_ns() if self.timeline else 0
         self._read_window(request, staged, buffer, offsets)
-        for wanted, site, offset in zip(request.wanted, staged, offsets, strict=True):
+        for wanted, site, offset in zip(request.step.wanted, staged, offsets, strict=True):
             arrival.blocks[site.site] = self._block(wanted, site, buffer, offset)
         if self.timeline is not None:
             self.timeline.note(READING, f"read and check step {request.step.number}", started_ns)
@@ -311,10 +293,10 @@ class Prefetcher:
         return Block(units, values.view(np.uint16), staged.predicted)
 
 
-def _target(wanted: Wanted, keep: float) -> StageTarget:
+def _target(wanted: Wanted) -> StageTarget:
     site = wanted.site.site
-    if wanted.predictable and keep < 1.0:
-        return StageTarget(site=site, keep=keep)
+    if wanted.keep < 1.0:
+        return StageTarget(site=site, keep=wanted.keep)
     if wanted.units is not None:
         return StageTarget(site=site, units=wanted.units, ignore_residency=True)
     return StageTarget(site=site, all=True)

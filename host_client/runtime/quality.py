@@ -1,36 +1,70 @@
-"""Quality: what a user asks of the output, and so what may be left out."""
+"""Quality: what a user asks of the output, and so what may be left out.
+
+exact                           the dense model's output
+KEPT                            the fraction of each layer's FFN neurons that is kept
+KEPT+correct                    the same, the drive's low-bit contribution for the others added
+...+heads=SHARE                 and only this share of each layer's KV groups
+"""
 
 from dataclasses import dataclass
 
 from host_client.runtime.refusals import InvalidQuality
 
+_CORRECT, _HEADS = "correct", "heads="
+
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """`exact`, or the fraction of each layer's FFN neurons that is kept, in (0, 1)."""
+    """`exact`, or the fractions in (0, 1] of each layer's FFN neurons and KV groups to keep."""
 
     kept: float = 1.0
+    corrected: bool = False  # what was left out of an FFN counts with the drive's low-bit rows
+    heads: float = 1.0
 
     @property
     def exact(self) -> bool:
-        return self.kept >= 1.0
+        return self.kept >= 1.0 and self.heads >= 1.0
 
     @classmethod
     def parse(cls, text: "str | float | Quality") -> "Quality":
-        """`exact`, `1.0`, or a kept fraction such as `0.5`. Raises InvalidQuality."""
+        """`exact`, or such as `0.5`, `0.1+correct`, `0.5+heads=0.67`. Raises InvalidQuality."""
         if isinstance(text, Quality):
             return text
-        if text == "exact":
+        first, *rest = str(text).split("+")
+        if first == "exact" and not rest:
             return cls()
-        try:
-            kept = float(text)
-        except ValueError:
-            kept = -1.0
-        if not 0.0 < kept <= 1.0:
-            raise InvalidQuality(
-                f"quality {text!r} is neither 'exact' nor a kept fraction between 0 and 1, like 0.5"
-            )
-        return cls(kept)
+        kept = _share(first, text)
+        corrected, heads = False, 1.0
+        for word in rest:
+            if word == _CORRECT and not corrected and kept < 1.0:
+                corrected = True
+            elif word.startswith(_HEADS) and heads == 1.0:
+                heads = _share(word.removeprefix(_HEADS), text)
+            else:
+                raise _invalid(text)
+        return cls(kept, corrected, heads)
 
     def __str__(self) -> str:
-        return "exact" if self.exact else f"{self.kept:g}"
+        if self.exact:
+            return "exact"
+        words = [f"{self.kept:g}"]
+        words += [_CORRECT] if self.corrected else []
+        words += [f"{_HEADS}{self.heads:g}"] if self.heads < 1.0 else []
+        return "+".join(words)
+
+
+def _share(word: str, text: object) -> float:
+    try:
+        share = float(word)
+    except ValueError:
+        share = -1.0
+    if not 0.0 < share <= 1.0:
+        raise _invalid(text)
+    return share
+
+
+def _invalid(text: object) -> InvalidQuality:
+    return InvalidQuality(
+        f"quality {text!r} is neither 'exact' nor a kept fraction between 0 and 1, like 0.5, "
+        f"0.1+correct or 0.5+heads=0.67"
+    )

@@ -32,11 +32,6 @@ class ResidentSite:
     position: npt.NDArray[np.int32]
     missing: U32
 
-    def rows_of(self, units: U32) -> I64:
-        """Where those of `units` that are resident lie in `values`."""
-        position = self.position[units]
-        return position[position >= 0].astype(np.int64)
-
     @property
     def held(self) -> npt.NDArray[np.bool_]:
         return self.position >= 0

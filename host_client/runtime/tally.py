@@ -24,6 +24,7 @@ class Tally:
     late_units: int = 0  # staged after the true input showed that they were missing
     wanted_units: int = 0  # audited: what the true input wanted
     wanted_in_time: int = 0  # audited: of those, what prediction had chosen
+    wanted_computed: int = 0  # audited: of those, what was computed: chosen, or resident anyway
     wait_ns: int = 0  # host: compute waited for staged units
 
     def add_staged(self, staged: Staged) -> None:
@@ -47,6 +48,11 @@ class Tally:
     def recall(self) -> float | None:
         """Of the units that the true FFN input wanted, the share chosen in time. None: no audit."""
         return self.wanted_in_time / self.wanted_units if self.wanted_units else None
+
+    @property
+    def covered(self) -> float | None:
+        """The same of what was computed: chosen, or resident. None: no audit."""
+        return self.wanted_computed / self.wanted_units if self.wanted_units else None
 
     def snapshot(self) -> "Tally":
         return Tally(**asdict(self))

@@ -57,14 +57,17 @@ class Audit:
         self.tokens += layer == LAYERS - 1
 
 
-def by_program(lab: Any, kept: float, audit: Audit) -> Any:
-    """Chooses as the drive's program does for the same hidden state."""
-    model_id, _ = lab.packed(NAME)
+def by_program(lab: Any, runtime: Any, kept: float, audit: Audit) -> Any:
+    """What the drive's program names for the same hidden state, and what is resident."""
+    model_id, packed = lab.packed(NAME)
 
     def choose(layer: int, asked: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        resident = runtime.csd.engine.resident[packed.find(Role.FFN, layer).site]
+        if not resident.missing.size:
+            return resident.units
         units = lab.drive.execute_program(PROGRAM, model_id, layer, asked, kept).result()
         audit.note(layer, units, scores)
-        return units
+        return np.union1d(units, resident.units)
 
     return choose
 
@@ -83,11 +86,11 @@ def decode(model: Any, ids: torch.Tensor, prompt: int = PROMPT) -> torch.Tensor:
     [
         ("shadow", 0, 0.4),
         ("shadow", 1, 0.0),
-        ("shadow", 1, 1.0),
+        ("shadow", 1, 0.9),
         ("shadow", 2, 0.4),
         ("shadow", 9, 0.4),
         ("frequency", 0, 0.0),
-        ("frequency", 1, 1.0),
+        ("frequency", 1, 0.9),
     ],
 )
 @pytest.mark.parametrize("kept", [0.3, 0.77])
@@ -95,10 +98,10 @@ def test_the_logits_are_those_of_the_dense_model_with_the_rest_left_out(
     lab, far_from, tokens_of, masked_dense, kind, lookahead, share, kept
 ) -> None:
     load(lab, kind)
-    audit = Audit(kept, PROMPT + 1)
-    masked = masked_dense(lab.zoo.dense(NAME), by_program(lab, kept, audit), lookahead).model
-    budget = lab.budget(NAME, share)
-    model = lab.open(NAME, budget, kept, lookahead=lookahead, audit=True)
+    audit = Audit(kept, PROMPT)
+    model = lab.open(NAME, lab.budget(NAME, share), kept, lookahead=lookahead, audit=True)
+    choose = by_program(lab, model, kept, audit)
+    masked = masked_dense(lab.zoo.dense(NAME), choose, lookahead).model
     ids = tokens_of(lab, NAME, PROMPT + DECODED)
     found, expected = decode(model, ids), decode(masked, ids)
     assert far_from(found, expected) <= CLOSE
@@ -109,6 +112,16 @@ def test_the_logits_are_those_of_the_dense_model_with_the_rest_left_out(
     assert tally.predicted_units == sum(units.size for units in audit.chosen)
     assert (tally.wanted_units, tally.wanted_in_time) == (audit.wanted, audit.in_time)
     assert tally.recall == audit.in_time / audit.wanted
+    assert tally.covered >= tally.recall
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.77])
+def test_what_is_resident_is_computed_and_asks_no_program(lab, far_from, tokens_of, kept) -> None:
+    load(lab, "frequency")
+    model = lab.open(NAME, lab.budget(NAME, 1.0), kept, audit=True)
+    ids = tokens_of(lab, NAME, PROMPT + DECODED)
+    assert far_from(decode(model, ids), decode(lab.zoo.dense(NAME), ids)) <= CLOSE
+    assert (model.csd.tally.predicted_units, model.csd.tally.recall) == (0, None)
 
 
 def test_an_audit_changes_nothing_but_what_is_staged(lab, tokens_of) -> None:
@@ -223,7 +236,7 @@ def test_a_program_taken_away_fails_the_pass_and_nothing_else(lab, far_from, tok
 
 def test_without_a_program_a_kept_fraction_is_refused(lab) -> None:
     lab.packed(NAME)
-    with pytest.raises(NoPredictor, match=r"csd predictor build shadow tied.*--quality exact"):
+    with pytest.raises(NoPredictor, match=r"csd predictor build rollout tied.*--quality exact"):
         lab.open(NAME, "300%", 0.5)
     load(lab, "frequency")
     lab.drive.activate_program(PROGRAM, active=False)
@@ -257,16 +270,32 @@ def test_a_shadow_goes_before_a_frequency(lab) -> None:
         ("0.5", 0.5, "0.5"),
         (0.25, 0.25, "0.25"),
         (Quality(0.3), 0.3, "0.3"),
+        ("0.10+correct", 0.1, "0.1+correct"),
+        ("0.5+correct+heads=.67", 0.5, "0.5+correct+heads=0.67"),
+        ("0.5+heads=0.67+correct", 0.5, "0.5+correct+heads=0.67"),
+        ("1+heads=0.5", 1.0, "1+heads=0.5"),
+        ("1+heads=1.0", 1.0, "exact"),
+        (Quality(0.5, corrected=True), 0.5, "0.5+correct"),
     ],
 )
 def test_qualities(given: Any, kept: float, shown: str) -> None:
     quality = Quality.parse(given)
     assert quality.kept == kept
+    assert quality.corrected == ("correct" in shown)
+    assert quality.heads == (float(shown.split("heads=")[1]) if "heads" in shown else 1.0)
+    assert Quality.parse(shown) == quality
     assert quality.exact == (shown == "exact")
     assert str(quality) == shown
 
 
-@pytest.mark.parametrize("given", ["", "best", "0", "-0.5", "1.5", "nan", "inf", "50%", 0.0, -1])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *["", "best", "0", "-0.5", "1.5", "nan", "inf", "50%", 0.0, -1],
+        *["correct", "0.5+", "0.5+corrected", "0.5+correct+correct", "exact+correct"],
+        *["1+correct", "0.5+heads", "0.5+heads=0", "0.5+heads=2", "0.5+heads=.5+heads=.5"],
+    ],
+)
 def test_what_is_no_quality_is_refused(lab, given: Any) -> None:
     with pytest.raises(InvalidQuality, match="neither 'exact' nor a kept fraction"):
         lab.open(NAME, "300%", given)

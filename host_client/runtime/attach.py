@@ -24,8 +24,9 @@ from host_client.runtime.layers import (
     StagedHead,
     StagedProjection,
 )
+from host_client.runtime.staged_experts import StagedExperts
 
-ATTACHABLE = ("llama",)
+ATTACHABLE = ("llama", "mixtral")
 
 
 def config_of(packed: PackedModel) -> PretrainedConfig:
@@ -63,7 +64,14 @@ def attach(model: PreTrainedModel, engine: Engine) -> None:
 def _attach_layer(layer: Any, number: int, engine: Engine) -> None:
     for projection in Projection:
         setattr(layer.self_attn, projection.value, StagedProjection(engine, number, projection))
-    layer.mlp = StagedFfn(engine, number)
+    if engine.experts is None:
+        layer.mlp = StagedFfn(engine, number)
+    else:
+        router = engine.resident[engine.model.find(Role.ROUTER, number).site]
+        weight = np.empty(router.values.shape, np.float32)
+        kernels.widen_rows(router.values, None, weight, engine.bf16)
+        layer.mlp.gate.weight = _parameter(torch.from_numpy(weight))
+        layer.mlp.experts = StagedExperts(engine, engine.experts, number)
     norms = _parts(engine, engine.model.find(Role.NORMS, number))
     layer.input_layernorm.weight = _parameter(norms["input_norm"])
     layer.post_attention_layernorm.weight = _parameter(norms["post_attention_norm"])

@@ -7,15 +7,16 @@ itself runs on the host, so a gate decides when an expert comes, never whether.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-from csd_protocol.packed import PackedModel
+from csd_protocol.packed import PackedModel, Role
 from host_client.driver import Drive
-from host_client.runtime.guidance import active_programs
 from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import NoPredictor, RequestRefused
 
-GATES = ("gate",)
-WITHIN = ("shadow", "frequency")  # in the order in which they are preferred
+# In the order in which they are preferred.
+GATES = ("gate", "frequency")
+WITHIN = ("shadow", "frequency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +44,33 @@ def choose_gating(drive: Drive, packed: PackedModel, quality: Quality) -> Gating
             f"quality {quality}: {packed.name} is a mixture of experts, and neither corrections "
             f"nor heads of mixtures are there yet. Ask for exact, or a kept fraction like 0.5"
         )
-    loaded = active_programs(drive, packed)
-    gate = next((kind for kind in GATES if kind in loaded), None)
-    within = None
-    if not quality.exact:
-        within = next((kind for kind in WITHIN if kind in loaded), None)
-    kinds = tuple(kind for kind in (gate, within) if kind is not None)
-    if not kinds and not quality.exact:
+    gate = _preferred(drive, packed, Role.ROUTER, GATES)
+    within = None if quality.exact else _preferred(drive, packed, Role.FFN, WITHIN)
+    if gate is None and within is None and not quality.exact:
         raise NoPredictor(
             f"quality {quality} needs a predictor for {packed.name} on the drive, and none is "
             f"active. Run `csd predictor build gate {packed.name}` and `csd predictor build "
             f"shadow {packed.name}`, or ask for --quality exact"
         )
+    kinds = tuple(f"{entry['kind']}" for entry in (gate, within) if entry is not None)
     return Gating(
-        gate=loaded[gate] if gate is not None else None,
-        within=loaded[within] if within is not None else None,
+        gate=gate["program"] if gate is not None else None,
+        within=within["program"] if within is not None else None,
         kinds=kinds,
     )
+
+
+def _preferred(
+    drive: Drive, packed: PackedModel, role: Role, kinds: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """An active program of this model that speaks for all of its sites of a role."""
+    needed = {packed.program_layer(site) for site in packed.sites if site.role is role}
+    able = [
+        entry
+        for entry in drive.programs()
+        if entry["active"]
+        and (entry["model"], entry["role"]) == (packed.name, role)
+        and needed <= set(entry["layers"])
+        and entry["kind"] in kinds
+    ]
+    return min(able, key=lambda entry: kinds.index(entry["kind"]), default=None)

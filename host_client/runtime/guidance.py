@@ -70,7 +70,7 @@ def choose_guidance(
         return None
     if quality.heads < 1.0:
         raise RequestRefused(f"quality {quality}: attention heads are not predicted yet")
-    loaded = active_programs(drive, packed)
+    loaded = _active_programs(drive, packed)
     for kind in PREFERRED:
         if kind in loaded:
             return Guidance(Guide(loaded[kind], kind, lookahead))
@@ -80,7 +80,7 @@ def choose_guidance(
     )
 
 
-def active_programs(drive: Drive, packed: PackedModel) -> dict[str, int]:
+def _active_programs(drive: Drive, packed: PackedModel) -> dict[str, int]:
     """Numbers of this model's active programs by kind."""
     programs: Sequence[dict[str, Any]] = drive.programs()
     return {

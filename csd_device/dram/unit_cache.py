@@ -5,6 +5,12 @@ size has its own CLOCK (second chance): a hit marks a slot, the hand clears mark
 first slot without one. New units come in unmarked, so a scan evicts itself before it evicts what
 was hit. For each (model, site) an int32 array says which slot each unit lies in. Sizes keep the
 slabs they took until a new size finds none free: the size with most slabs then starts over.
+
+What was brought here ahead of its use is *held*: nothing that comes later evicts it, be it read for
+the window or brought for a layer further ahead, so that guesses about far layers never cost near
+ones. A hold ends for a unit when it is used, and for all of a site when the site is next looked up:
+its turn has come, and what is left of it was guessed wrong. Should that never happen, the hold ends
+after HOLD_TURNS further lookups and holds of other sites.
 """
 
 from dataclasses import dataclass
@@ -26,7 +32,8 @@ Key = tuple[int, int]
 SLAB_BYTES_MIN = 1 << 20
 SLAB_BYTES_MAX = 16 << 20
 SLABS_AIM = 64
-HIT, TAKEN = 1, 2  # marks of a slot; 0: none
+HOLD_TURNS = 1024  # a few tokens' worth of targets
+HIT, TAKEN, HELD, BROUGHT = 1, 2, 3, 4  # marks of a slot; 0: none. BROUGHT: held, and not used yet
 _NO_SLOTS: I64 = np.empty(0, np.int64)
 
 
@@ -34,7 +41,7 @@ _NO_SLOTS: I64 = np.empty(0, np.int64)
 def _find_victims(marks: Any, hand: Any, slots: Any) -> Any:
     """Fills `slots` with the next unmarked ones, clearing marks on the way; the hand after it.
 
-    A slot marked TAKEN stays so: the caller clears those.
+    A slot marked TAKEN stays so: the caller clears those. So does one that is held.
     """
     count = marks.shape[0]
     found = 0
@@ -70,6 +77,8 @@ class _SizeClass:
         self.owners: I32 = np.empty(0, np.int32)
         self.units: U32 = np.empty(0, np.uint32)
         self.marks: U8 = np.empty(0, np.uint8)
+        self.ready_ns: I64 = np.empty(0, np.int64)  # when what comes from NAND is there
+        self.held = 0  # slots that are held
         self.used = 0  # slots below this one were filled at least once
         self.hand = 0
 
@@ -77,11 +86,16 @@ class _SizeClass:
     def slot_count(self) -> int:
         return int(self.owners.shape[0])
 
+    @property
+    def claimable(self) -> int:
+        return self.slot_count - self.held
+
     def add_slab(self, start: int) -> None:
         self.slab_starts = np.append(self.slab_starts, np.int64(start))
         self.owners = np.append(self.owners, np.full(self.per_slab, -1, np.int32))
         self.units = np.append(self.units, np.zeros(self.per_slab, np.uint32))
         self.marks = np.append(self.marks, np.zeros(self.per_slab, np.uint8))
+        self.ready_ns = np.append(self.ready_ns, np.zeros(self.per_slab, np.int64))
 
     def starts(self, slots: I64) -> I64:
         """Byte addresses of slots."""
@@ -89,7 +103,7 @@ class _SizeClass:
 
     def claim(self, count: int) -> I64:
         """`count` different slots to fill: never used ones first, then the clock's choice."""
-        assert count <= self.slot_count
+        assert count <= self.claimable
         fresh = min(count, self.slot_count - self.used)
         slots = np.empty(count, np.int64)
         slots[:fresh] = np.arange(self.used, self.used + fresh)
@@ -100,6 +114,14 @@ class _SizeClass:
             self.marks[slots] = 0
         return slots
 
+    def mark(self, slots: I64, mark: int) -> U8:
+        """Gives slots another mark; what they had [n]."""
+        before = self.marks[slots]
+        self.marks[slots] = mark
+        held_before = int(np.count_nonzero(before >= HELD)) if self.held else 0
+        self.held += (slots.size if mark >= HELD else 0) - held_before
+        return before
+
 
 class UnitCache:
     """At most `capacity_bytes` of units; memory is touched as it fills."""
@@ -109,6 +131,10 @@ class UnitCache:
         self.capacity_bytes = capacity_bytes
         self.hits = 0
         self.misses = 0
+        self.brought = 0  # units that were brought ahead of their use
+        self.brought_used = 0  # those of them that were used then
+        self._turn = 0
+        self._holds: dict[Key, int] = {}  # by site with held units, oldest first: the last turn
         self._slab_bytes = min(max(capacity_bytes // SLABS_AIM, SLAB_BYTES_MIN), SLAB_BYTES_MAX)
         self._memory = _lines(capacity_bytes // self._slab_bytes * self._slab_bytes)
         self._free_slabs = list(range(0, len(self._memory), self._slab_bytes))[::-1]
@@ -126,14 +152,59 @@ class UnitCache:
         )
 
     def lookup(self, key: Key, units: U32) -> I64:
-        """The slot of each unit, -1 for a miss. Marks what it finds and counts hits and misses."""
+        """The slot of each unit, -1 for a miss. Marks what it finds and counts hits and misses.
+
+        What else is held of the site is no longer.
+        """
         slots = self._find(key, units)
         found = slots[slots >= 0]
         if found.size:
-            self._classes[self._unit_bytes[key]].marks[found] = HIT
+            before = self._classes[self._unit_bytes[key]].mark(found, HIT)
+            if key in self._holds:
+                self.brought_used += int(np.count_nonzero(before == BROUGHT))
         self.hits += int(found.size)
         self.misses += int(units.size - found.size)
+        self._end_hold(key)
+        self._next_turn()
         return slots
+
+    def hold(self, key: Key, units: U32, is_new: bool) -> I64:
+        """Holds those of the units that are here until they are used; their slots, -1: not here.
+
+        `is_new`: they came for that reason, and are counted as brought.
+        """
+        slots = self._find(key, units)
+        found = slots[slots >= 0]
+        if found.size:
+            sized = self._classes[self._unit_bytes[key]]
+            sized.mark(found[sized.marks[found] < HELD], BROUGHT if is_new else HELD)
+            self.brought += found.size if is_new else 0
+            self._holds.pop(key, None)
+            self._holds[key] = self._turn + HOLD_TURNS
+        self._next_turn()
+        return slots
+
+    def those_here(self, key: Key, units: U32) -> U32:
+        """Those of the units that are here, in their order."""
+        return units[self._find(key, units) >= 0]
+
+    def room(self, unit_bytes: int, wanted: int) -> int:
+        """How many units of this size, of so many, could come in now."""
+        sized = self._size_class(unit_bytes, wanted)
+        return 0 if sized is None else min(wanted, sized.claimable)
+
+    def ready_ns(self, key: Key, slots: I64) -> int:
+        """When the last of these is there; what was read for another command may be on its way."""
+        if not slots.size:
+            return 0
+        return int(self._classes[self._unit_bytes[key]].ready_ns[slots].max())
+
+    def set_ready(self, key: Key, units: U32, ready_ns: int) -> None:
+        """Those of the units that are here have come from NAND then."""
+        slots = self._find(key, units)
+        found = slots[slots >= 0]
+        if found.size:
+            self._classes[self._unit_bytes[key]].ready_ns[found] = ready_ns
 
     def copy_out(self, key: Key, slots: I64, out: U8, rows: I64) -> None:
         """Copies the unit in slots[i] to out[rows[i]]; `out` is [n, unit_bytes], contiguous."""
@@ -156,7 +227,7 @@ class UnitCache:
         sized = self._size_class(unit_bytes, units.size)
         if sized is None:
             return Room(key, unit_bytes, units[:0], _NO_SLOTS, Keep(self._memory, _NO_SLOTS))
-        slots = sized.claim(min(units.size, sized.slot_count))
+        slots = sized.claim(min(units.size, sized.claimable))
         self._evict(sized, slots)
         sized.owners[slots] = -1
         keep = Keep(self._memory, sized.starts(slots))
@@ -185,9 +256,10 @@ class UnitCache:
         if slots is None:
             return
         sized = self._classes[self._unit_bytes.pop(key)]
-        held = slots[slots >= 0]
+        held = slots[slots >= 0].astype(np.int64)
         sized.owners[held] = -1
-        sized.marks[held] = 0
+        sized.mark(held, 0)
+        self._holds.pop(key, None)
         self._keys[self._owner_of.pop(key)] = None
 
     def drop_model(self, model: int) -> None:
@@ -218,7 +290,11 @@ class UnitCache:
         while self._free_slabs and sized.slot_count - sized.used < wanted:
             sized.add_slab(self._free_slabs.pop())
         if not sized.slot_count:
-            self._start_over(max(self._classes.values(), key=lambda other: other.slab_starts.size))
+            idle = [other for other in self._classes.values() if not other.held]
+            largest = max(idle, key=lambda other: other.slab_starts.size)
+            if not largest.slot_count:  # what there is is held
+                return None
+            self._start_over(largest)
             sized.add_slab(self._free_slabs.pop())
         return sized
 
@@ -251,6 +327,22 @@ class UnitCache:
         sized.owners[slots] = self._owner_of[key]
         sized.units[slots] = units
         sized.marks[slots] = 0
+        sized.ready_ns[slots] = 0
+
+    def _end_hold(self, key: Key) -> None:
+        """What is held of a site is as any other newcomer from now on."""
+        if self._holds.pop(key, None) is not None:
+            sized, slots = self._classes[self._unit_bytes[key]], self._slots[key]
+            here = slots[slots >= 0].astype(np.int64)
+            sized.mark(here[sized.marks[here] >= HELD], 0)
+
+    def _next_turn(self) -> None:
+        self._turn += 1
+        while self._holds:
+            key, last_turn = next(iter(self._holds.items()))
+            if last_turn >= self._turn:
+                break
+            self._end_hold(key)
 
     def _new_owner(self, key: Key) -> int:
         """A number that no key has now."""

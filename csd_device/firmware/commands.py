@@ -194,6 +194,7 @@ class Target:
     ignore_residency: bool = False
     copy: int = 0  # which of the model's copies units are read from
     elsewhere: tuple[Elsewhere, ...] = ()
+    to_dram: bool = False  # into the unit cache only, for a later command
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +295,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class StagedSite:
-    """What now lies in the window for one target; see the message of the same name."""
+    """What now lies in the window, or in DRAM, for one target; see the message of that name."""
 
     site: int
     predicted: U32
@@ -308,6 +309,9 @@ class StagedSite:
     units_from_dram: int
     nand_page_reads: int
     units_from_copies: int = 0  # read from another copy than the first
+    to_dram: bool = False
+    units_no_room: int = 0
+    units_lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from csd_device.compute import ProgramInput
 from csd_device.errors import CommandError
+from csd_device.firmware import upkeep
 from csd_device.firmware.commands import (
     ExecuteProgram,
     ExecuteResult,
@@ -40,7 +41,7 @@ def handle_execute_program(context: Context, command: ExecuteProgram) -> Execute
 
 def handle_predict_and_stage(context: Context, command: PredictAndStage) -> StageResult:
     """Stages what the program chooses; `Stager.stage` says what it raises."""
-    _admit(context, command.release)
+    _admit(context, command)
     context.time.receive(command.hidden.nbytes)
     model = context.controller.models.get(command.model, context.time)
     prediction = _prediction(context, model, command)
@@ -53,7 +54,7 @@ def handle_predict_and_stage(context: Context, command: PredictAndStage) -> Stag
 
 def handle_stage(context: Context, command: Stage) -> StageResult:
     """Stages named units; `Stager.stage` says what it raises."""
-    _admit(context, command.release)
+    _admit(context, command)
     model = context.controller.models.get(command.model, context.time)
     return _stage(context, model, None, command.targets, None)
 
@@ -83,11 +84,15 @@ def handle_host_residency(context: Context, command: HostResidency) -> None:
         context.controller.hosts.set_residency(context.host, model.site(said.site), said)
 
 
-def _admit(context: Context, release: tuple[int, ...]) -> None:
-    """Leases go back first. Raises CommandError (Window Unavailable) before a program is told."""
+def _admit(context: Context, command: PredictAndStage | Stage) -> None:
+    """Leases go back first. Raises CommandError (Window Unavailable) before a program is told.
+
+    What only goes to DRAM needs no window.
+    """
     stager = context.controller.stager
-    stager.pass_back(context.host, release)
-    context.controller.faults.admit_staging(stager.window)
+    stager.pass_back(context.host, command.release)
+    if not command.targets or not all(target.to_dram for target in command.targets):
+        context.controller.faults.admit_staging(stager.window)
 
 
 def _stage(
@@ -102,6 +107,12 @@ def _stage(
     for site in result.sites:
         controller.counters.staged_bytes += site.length_bytes
         controller.counters.nand_page_reads += site.nand_page_reads
+        if site.units_lost:
+            upkeep.note_media_error(
+                controller,
+                f"{site.units_lost} units of {model.site(site.site).name} cannot be brought to "
+                "DRAM; who stages them to the window learns which",
+            )
     timing = context.time.timing()
     controller.stages.add(context.host.host_id, model.model, token, result, timing)
     return result

@@ -10,6 +10,7 @@ from csd_device.firmware.commands import Target
 from csd_device.firmware.modelled_time import CommandTime
 from csd_device.firmware.models import LoadedModel
 from csd_device.firmware.prediction import Prediction
+from csd_device.firmware.selection import select_top
 from csd_protocol.packed import Role
 from csd_protocol.status import Status
 
@@ -26,11 +27,14 @@ def top_experts(
     """By layer, the `count` experts that the program finds likeliest, ascending.
 
     Of each layer that the targets name experts of; the program runs once for each. Raises
-    CommandError: No Such Site, Invalid Field for a count of 0, and what `Prediction.top` raises.
+    CommandError: No Such Site, Invalid Field for a count of 0, and what `Prediction.scores` raises.
     """
     if count < 1:
         raise CommandError(Status.INVALID_FIELD, "the top 0 experts of a layer; 1 is the least")
     sites = [model.site(target.site) for target in targets]
     layers = sorted({site.layer for site in sites if site.expert >= 0})
     routers = [model.find(Role.ROUTER, layer) for layer in layers]
-    return {router.layer: prediction.top(router, count, time) for router in routers}
+    return {
+        router.layer: select_top(prediction.scores(router, time), min(count, router.count))
+        for router in routers
+    }

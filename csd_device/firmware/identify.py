@@ -73,6 +73,8 @@ def _window(controller: Controller) -> dict[str, Any]:
             "used_bytes": cache.used_bytes,
             "hits": cache.hits,
             "misses": cache.misses,
+            "brought": cache.brought,
+            "brought_used": cache.brought_used,
         },
     }
 

@@ -17,6 +17,9 @@ _SITE_FIELDS = (
     "nand_page_reads",
     "length_bytes",
     "units_from_copies",
+    "to_dram",
+    "units_no_room",
+    "units_lost",
 )
 
 
@@ -107,6 +110,9 @@ class StageTotals:
     staged_bytes: int = 0
     nand_page_reads: int = 0
     units_from_copies: int = 0  # read from another copy than the first
+    units_to_dram: int = 0  # by targets to DRAM, from NAND; those are no staged units
+    units_no_room: int = 0
+    units_lost: int = 0  # not to be read, of targets to DRAM
     queue_ns: int = 0
     program_ns: int = 0
     nand_ns: int = 0
@@ -139,8 +145,13 @@ class StageLog:
         totals.commands += 1
         for site in result.sites:
             totals.sites += 1
-            totals.units_staged += site.unit_count
-            totals.units_from_dram += site.units_from_dram
+            if site.to_dram:
+                totals.units_to_dram += site.unit_count - site.units_from_dram
+                totals.units_no_room += site.units_no_room
+                totals.units_lost += site.units_lost
+            else:
+                totals.units_staged += site.unit_count
+                totals.units_from_dram += site.units_from_dram
             totals.units_predicted += site.predicted.size
             totals.staged_bytes += site.length_bytes
             totals.nand_page_reads += site.nand_page_reads
@@ -167,6 +178,9 @@ def _site_figures(site: StagedSite) -> tuple[int, ...]:
         site.nand_page_reads,
         site.length_bytes,
         site.units_from_copies,
+        site.to_dram,
+        site.units_no_room,
+        site.units_lost,
     )
 
 

@@ -227,6 +227,12 @@ class CommandTime:
             self.nand_ns += self._pass_to(int(done.max()))
             self._flow = self._drive.sector_times(done, reads.transfer_bytes)
 
+    def wait_for_pages(self, ready_ns: int) -> None:
+        """What another command has under way from NAND is there then."""
+        if self._drive and ready_ns > self.now_ns:
+            self._flow = None
+            self.nand_ns += self._pass_to(ready_ns)
+
     def write(self, length_bytes: int, programs: PagePrograms, must_last: bool) -> None:
         """Bytes into the write buffer, and the programs that this sets off.
 

@@ -53,20 +53,20 @@ class Prediction:
         return self._program().role
 
     def top_units(self, site: SiteRecord, keep: float, time: CommandTime) -> U32:
-        """The site's top fraction, ascending.
+        """The site's top fraction, ascending; raises as `scores`."""
+        return select_top(self.scores(site, time), kept_count(keep, site.count))
+
+    def scores(self, site: SiteRecord, time: CommandTime) -> F32:
+        """Of each unit of the site [count].
 
         Raises CommandError: No Program, Program Not Activated, On-Drive DRAM Exceeded for what it
         remembers, Invalid Field for a model or a site that the program does not score or hidden
         states that are not finite.
         """
-        return self.top(site, kept_count(keep, site.count), time)
-
-    def top(self, site: SiteRecord, count: int, time: CommandTime) -> U32:
-        """So many of the site's units, or all of them. Raises CommandError as `top_units`."""
         self._check_site(site)
         scores, cost = self._begun().score(site.program_layer)
         time.run_program(cost)
-        return select_top(scores, min(count, site.count))
+        return scores
 
     def correction(self, site: SiteRecord, computed: U32, time: CommandTime) -> F32:
         """What the site's other units add for the FFN's own input, float32 [rows, hidden].

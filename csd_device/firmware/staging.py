@@ -5,6 +5,12 @@
     lease     one piece of the window a target                         window
     bring     from the unit cache, or from NAND with a CRC check       unit cache, FTL
 
+A target *to DRAM* leases nothing: its units are brought into the unit cache and held there for the
+command that will want them (`csd_device.dram.unit_cache`). It is a guess, so it never fails a
+command for want of room or for the media's sake: it brings what it can, the highest scores first,
+and says how many it could not. Nor is it waited for, unless a command has nothing else: a command
+is done when its targets to the window are, and what goes to DRAM is there at its own `ready_ns`.
+
 Everything is arrays of unit numbers, ascending; row i of a lease is unit i of them. What is read
 goes into its lease and into the unit cache with its CRC32C computed, in one pass where that can be
 (`csd_device.checked_copy`). A command stages all of its targets or none: what fails gives back what
@@ -28,6 +34,7 @@ from csd_device.firmware.hosts import Host
 from csd_device.firmware.modelled_time import CommandTime
 from csd_device.firmware.models import LoadedModel, SiteRecord
 from csd_device.firmware.prediction import Prediction
+from csd_device.firmware.selection import kept_count, select_top
 from csd_device.firmware.unreadable import PieceUnreadable, UnitsUnreadable
 from csd_device.ftl import Ftl, PageReads
 from csd_device.gather import gather
@@ -37,6 +44,7 @@ from csd_protocol.status import Status
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
 
 PIECE_BYTES, BULK_BYTES = 1 << 20, 16 << 20
@@ -50,13 +58,26 @@ class _Choice:
     units: U32  # to be staged, ascending
     predicted: U32
     all_missing: bool
+    scores: F32 | None = None  # of all units of the site, where a program chose
+
+    def best(self, units: U32, count: int) -> U32:
+        """At most `count` of these units, ascending: the highest scores, or else the first."""
+        if units.size <= count:
+            return units
+        if self.scores is None:
+            return units[:count]
+        return units[select_top(self.scores[units], count)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Brought:
     units_from_dram: int
     reads: PageReads
+    read: U32  # what came from NAND
     units_from_copies: int = 0
+    dram_ready_ns: int = 0  # when what was in DRAM had come from NAND
+    units_no_room: int = 0
+    units_lost: int = 0
 
 
 class Stager:
@@ -81,18 +102,22 @@ class Stager:
         Raises CommandError: No Such Site or Unit, Invalid Field, Window Full, UnitsUnreadable
         (Unrecovered Read, End-to-end Guard Check Error), and what the program raises.
         """
-        if len(targets) > len(model.sites):
+        to_dram_count = sum(target.to_dram for target in targets)
+        if max(to_dram_count, len(targets) - to_dram_count) > len(model.sites):
             raise CommandError(
                 Status.INVALID_FIELD,
-                f"{len(targets)} targets; {model.name} has {len(model.sites)} sites",
+                f"{len(targets)} targets, {to_dram_count} of them to DRAM; {model.name} has "
+                f"{len(model.sites)} sites",
             )
         staged: list[StagedSite] = []
         start = time.fork()
+        waits_for_all = all(target.to_dram for target in targets)
         try:
             for target in targets:
                 fork = start.fork()
                 staged.append(self._stage_target(host, model, target, prediction, fork))
-                time.adopt(fork)
+                if waits_for_all or not target.to_dram:
+                    time.adopt(fork)
         except PieceUnreadable as first:
             self.give_back(host, staged)
             others = self._survey(host, model, targets, prediction, time)
@@ -126,8 +151,10 @@ class Stager:
         site = model.site(target.site)
         choice = _choose(site, target, host, prediction, time)
         copies = _copies_of(site, target, choice.units)
+        if target.to_dram:
+            return self._stage_to_dram(site, choice, copies, time)
         count = choice.units.size
-        lease, brought = Lease(0, 0, 0), _Brought(0, _NO_READS)
+        lease, brought = Lease(0, 0, 0), _NOTHING
         if count:
             lease = self.window.lease(count * site.unit_bytes, host.host_id)
             try:
@@ -136,7 +163,9 @@ class Stager:
                 self.window.release(lease.id, host.host_id)
                 raise
         time.read_pages(brought.reads)
+        time.wait_for_pages(brought.dram_ready_ns)
         time.move_dram((count + brought.units_from_dram) * site.unit_bytes)
+        self.cache.set_ready(site.key, brought.read, time.now_ns)
         time.send(lease.length)
         return StagedSite(
             site=site.site,
@@ -153,6 +182,63 @@ class Stager:
             units_from_copies=brought.units_from_copies,
         )
 
+    def _stage_to_dram(
+        self, site: SiteRecord, choice: _Choice, copies: I64 | None, time: CommandTime
+    ) -> StagedSite:
+        """Brings units into the unit cache, as far as they can be had and have room there."""
+        brought = self._bring_to_dram(site, choice, copies)
+        time.read_pages(brought.reads)
+        time.move_dram(brought.read.size * site.unit_bytes)
+        self.cache.set_ready(site.key, brought.read, time.now_ns)
+        time.wait_for_pages(brought.dram_ready_ns)
+        count = brought.units_from_dram + brought.read.size
+        all_missing = choice.all_missing and count == choice.units.size
+        return StagedSite(
+            site=site.site,
+            predicted=choice.predicted,
+            units=NO_UNITS if all_missing else self.cache.those_here(site.key, choice.units),
+            all_missing=all_missing,
+            unit_count=count,
+            window_offset=0,
+            length_bytes=0,
+            lease=0,
+            ready_ns=time.timing().done_ns,
+            units_from_dram=brought.units_from_dram,
+            nand_page_reads=brought.reads.ppns.size,
+            units_from_copies=brought.units_from_copies,
+            to_dram=True,
+            units_no_room=brought.units_no_room,
+            units_lost=brought.units_lost,
+        )
+
+    def _bring_to_dram(self, site: SiteRecord, choice: _Choice, copies: I64 | None) -> _Brought:
+        cache = self.cache
+        slots = cache.hold(site.key, choice.units, is_new=False)
+        missing = choice.units[slots < 0]
+        wanted = choice.best(missing, cache.room(site.unit_bytes, missing.size))
+        parts, reads, lost = [NO_UNITS], [_NO_READS], 0
+        for rows in _pieces(np.arange(wanted.size), site.unit_bytes, PIECE_BYTES):
+            units = wanted[rows]
+            of = None if copies is None else copies[np.searchsorted(choice.units, units)]
+            try:
+                reads.append(self._read_checked(site, units, self._scratch_rows(rows, site), of))
+            except PieceUnreadable as error:
+                reads.append(error.reads)
+            here = cache.hold(site.key, units, is_new=True) >= 0
+            parts.append(units[here])
+            lost += int(np.count_nonzero(~here))
+        read = np.concatenate(parts)
+        found = slots[slots >= 0]
+        return _Brought(
+            units_from_dram=found.size,
+            reads=_joined(reads),
+            read=read,
+            units_from_copies=_count_copies(copies, np.searchsorted(choice.units, read)),
+            dram_ready_ns=cache.ready_ns(site.key, found),
+            units_no_room=missing.size - wanted.size,
+            units_lost=lost,
+        )
+
     def _bring(self, site: SiteRecord, units: U32, lease: Lease, copies: I64 | None) -> _Brought:
         """Fills the lease with these units, row after row, each from its copy (None: all first)."""
         out = self.window.view(lease.offset, lease.length).reshape(units.size, site.unit_bytes)
@@ -160,15 +246,16 @@ class Stager:
         hits = np.flatnonzero(slots >= 0)
         if hits.size:
             self.cache.copy_out(site.key, slots[hits], out, hits)
+        ready_ns = self.cache.ready_ns(site.key, slots[hits])
         if hits.size == units.size:
-            return _Brought(units.size, _NO_READS)
+            return _Brought(units.size, _NO_READS, NO_UNITS, dram_ready_ns=ready_ns)
         misses = np.flatnonzero(slots < 0)
         reads = [
             self._read_piece(site, units, rows, out, copies)
             for rows in _pieces(misses, site.unit_bytes)
         ]
-        from_copies = 0 if copies is None else int(np.count_nonzero(copies[misses]))
-        return _Brought(hits.size, _joined(reads), from_copies)
+        from_copies = _count_copies(copies, misses)
+        return _Brought(hits.size, _joined(reads), units[misses], from_copies, ready_ns)
 
     def _read_piece(
         self, site: SiteRecord, units: U32, rows: I64, out: U8, copies: I64 | None
@@ -246,6 +333,8 @@ class Stager:
     ) -> Iterator[PieceUnreadable]:
         """Everything that these targets need and cannot have; nothing is leased."""
         for target in targets:
+            if target.to_dram:
+                continue
             site = model.site(target.site)
             units = _choose(site, target, host, prediction, time).units
             copies = _copies_of(site, target, units)
@@ -267,6 +356,7 @@ class Stager:
 
 
 _NO_READS = PageReads(np.empty(0, np.int64), np.empty(0, np.int64))
+_NOTHING = _Brought(0, _NO_READS, NO_UNITS)
 
 
 def _choose(
@@ -279,19 +369,20 @@ def _choose(
         units = _named(site, target.units)
         return _Choice(units if held is None else units[~held[units]], NO_UNITS, False)
     if target.what is What.KEEP:
-        predicted = _predicted(site, target.keep, prediction, time)
-        if predicted is not None:
+        scores = _scores(site, target.keep, prediction, time)
+        if scores is not None:
+            predicted = select_top(scores, kept_count(target.keep, site.count))
             units = predicted if held is None else predicted[~held[predicted]]
-            return _Choice(units, predicted, False)
+            return _Choice(units, predicted, False, scores)
     if held is None:
         return _Choice(np.arange(site.count, dtype=np.uint32), NO_UNITS, True)
     return _Choice(np.flatnonzero(~held).astype(np.uint32), NO_UNITS, True)
 
 
-def _predicted(
+def _scores(
     site: SiteRecord, keep: float, prediction: Prediction | None, time: CommandTime
-) -> U32 | None:
-    """The top fraction by the program's score; None: everything, which needs no program."""
+) -> F32 | None:
+    """What the program says of the site's units; None: all are kept, which needs no program."""
     if prediction is None:
         raise CommandError(
             Status.INVALID_FIELD, f"{site.name}: a kept fraction needs PREDICT_AND_STAGE"
@@ -300,7 +391,7 @@ def _predicted(
         raise CommandError(Status.INVALID_FIELD, f"{site.name}: a kept fraction of {keep}")
     if keep >= 1:
         return None
-    return prediction.top_units(site, keep, time)
+    return prediction.scores(site, time)
 
 
 def _named(site: SiteRecord, units: U32) -> U32:
@@ -327,6 +418,11 @@ def _copies_of(site: SiteRecord, target: Target, units: U32) -> I64 | None:
     return copies
 
 
+def _count_copies(copies: I64 | None, rows: I64) -> int:
+    """How many of these rows are read from another copy than the first."""
+    return 0 if copies is None else int(np.count_nonzero(copies[rows]))
+
+
 def _parts_left(rows: I64, error: UnrecoveredRead, unread: Flags) -> list[I64]:
     """What of these rows to read next; those that the error gives up are marked in `unread`."""
     if error.rows is not None and error.rows.size:
@@ -347,14 +443,14 @@ def _by_copy(site: SiteRecord, units: U32, lost: Flags, copies: I64 | None) -> l
     ]
 
 
-def _pieces(rows: I64, unit_bytes: int) -> Iterator[I64]:
+def _pieces(rows: I64, unit_bytes: int, bulk_bytes: int = BULK_BYTES) -> Iterator[I64]:
     """Parts of the rows to be read at once, of one unit at least.
 
-    Rows side by side go straight to the window, in parts of at most BULK_BYTES; others by way of
+    Rows side by side go straight to the window, in parts of at most `bulk_bytes`; others by way of
     scratch memory that stays in the processor's cache, PIECE_BYTES of it.
     """
     side_by_side = rows.size > 0 and int(rows[-1]) - int(rows[0]) + 1 == rows.size
-    step = max(1, (BULK_BYTES if side_by_side else PIECE_BYTES) // unit_bytes)
+    step = max(1, (bulk_bytes if side_by_side else PIECE_BYTES) // unit_bytes)
     return (rows[start : start + step] for start in range(0, rows.size, step))
 
 

@@ -101,6 +101,8 @@ def _unit_cache(controller: Controller) -> dict[str, int]:
         "used_bytes": cache.used_bytes,
         "hits": cache.hits,
         "misses": cache.misses,
+        "brought": cache.brought,
+        "brought_used": cache.brought_used,
     }
 
 

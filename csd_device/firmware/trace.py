@@ -224,6 +224,10 @@ class TracedTime(CommandTime):
         self._part = "nand"
         super().read_pages(reads)
 
+    def wait_for_pages(self, ready_ns: int) -> None:
+        self._part = "nand"
+        super().wait_for_pages(ready_ns)
+
     def write(self, length_bytes: int, programs: PagePrograms, must_last: bool) -> None:
         self._part = "nand"
         super().write(length_bytes, programs, must_last)

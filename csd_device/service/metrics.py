@@ -53,6 +53,7 @@ _SMART_GAUGES = {
     "percentage_used": "Percent of the rated erase cycles used; may pass 100",
 }
 _QUEUE_GAUGES = {"depth": "Entries of a queue pair", "in_flight": "Commands in flight"}
+_CACHE_COUNTERS = ("hits", "misses", "brought", "brought_used")
 _LANES = ("firmware", "compute", "dram", "link_to_host", "link_from_host")
 
 
@@ -163,7 +164,7 @@ def _of_memory(page: dict[str, Any]) -> Iterator[Metric]:
     for room in ("window", "unit_cache"):
         for name, figure in page[room].items():
             text = f"{name.replace('_', ' ')} of the {room.replace('_', ' ')}"
-            if name in ("hits", "misses"):
+            if name in _CACHE_COUNTERS:
                 yield CounterMetricFamily(f"csd_{room}_{name}", text, value=figure)
             else:
                 yield GaugeMetricFamily(f"csd_{room}_{name}", text, value=figure)
@@ -205,6 +206,12 @@ def _of_staging(stage: dict[str, int]) -> Iterator[Metric]:
     units.add_metric(["dram"], stage["units_from_dram"])
     units.add_metric(["nand"], stage["units_staged"] - stage["units_from_dram"])
     yield units
+    ahead = CounterMetricFamily(
+        "csd_units_to_dram", "Units of targets to DRAM, by what came of them", labels=["result"]
+    )
+    for result in ("to_dram", "no_room", "lost"):
+        ahead.add_metric([result.replace("to_dram", "brought")], stage[f"units_{result}"])
+    yield ahead
     chosen = stage["units_predicted"]
     yield CounterMetricFamily("csd_units_predicted", "Units that programs chose", value=chosen)
 

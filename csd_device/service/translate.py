@@ -88,6 +88,7 @@ def _target(target: pb.StageTarget) -> fw.Target:
             fw.Elsewhere(part.copy, _words(f"units of site {target.site} elsewhere", part.units))
             for part in target.elsewhere
         ),
+        to_dram=target.to_dram,
     )
 
 
@@ -282,6 +283,9 @@ def _staged_site(site: fw.StagedSite) -> pb.StagedSite:
         units_from_dram=site.units_from_dram,
         nand_page_reads=site.nand_page_reads,
         units_from_copies=site.units_from_copies,
+        to_dram=site.to_dram,
+        units_no_room=site.units_no_room,
+        units_lost=site.units_lost,
     )
 
 

@@ -37,6 +37,7 @@ class LayerStatistics:
     counts: U32  # [units], tokens that had the unit in their top third
     dropped: F32  # [units + 1], squared output lost, a token, when only so many units are kept
     attended: torch.Tensor  # [windows, tokens, hidden], behind this layer's attention
+    head_norms: torch.Tensor  # [windows, tokens, groups], of what each KV group added there
     seen: dict[int, torch.Tensor]  # by lookahead: the same of the state that is known so early
 
 
@@ -58,7 +59,13 @@ def walk(
             passed = _pass(model, layer.cast(model.dtype), hidden)
             seen = {ahead: _seen(known, hidden, ahead) for ahead in lookaheads}
             yield LayerStatistics(
-                layer, passed.moments, passed.counts, passed.dropped, passed.attended, seen
+                layer=layer,
+                moments=passed.moments,
+                counts=passed.counts,
+                dropped=passed.dropped,
+                attended=passed.attended,
+                head_norms=passed.head_norms,
+                seen=seen,
             )
             known.append(passed.attended)
             hidden = passed.hidden
@@ -68,6 +75,7 @@ def walk(
 @dataclass(frozen=True, slots=True)
 class _Passed:
     attended: torch.Tensor
+    head_norms: torch.Tensor
     hidden: torch.Tensor
     moments: Moments
     counts: U32
@@ -81,10 +89,12 @@ def _pass(model: DenseModel, layer: DecoderLayer, hidden: torch.Tensor) -> _Pass
     active = torch.zeros(units, units)
     counts, dropped = torch.zeros(units), torch.zeros(units + 1)
     third = max(1, round(WANTED_SHARE * units))
-    attended, left, tokens = [], [], hidden.shape[0] * hidden.shape[1]
+    attended, head_norms, left, tokens = [], [], [], hidden.shape[0] * hidden.shape[1]
     for part in hidden.split(_WINDOWS_AT_ONCE):
         _add_moments(attention, model.normed(part, layer.attn_norm))
-        attended.append(part + model.attention(layer, part))
+        outputs = model.group_outputs(layer, model.mixed(layer, part))
+        head_norms.append(outputs.norm(dim=-1))
+        attended.append(part + outputs.sum(-2))
         x = model.ffn_input(layer, attended[-1])
         _add_moments(ffn, x)
         activity = model.activity(layer, x)
@@ -97,6 +107,7 @@ def _pass(model: DenseModel, layer: DecoderLayer, hidden: torch.Tensor) -> _Pass
         dropped[:-1] += squares.cumsum(0).flip(0)
     return _Passed(
         torch.cat(attended),
+        torch.cat(head_norms),
         torch.cat(left),
         Moments(*(moments.double().numpy() for moments in (attention, ffn, active))),
         counts.to(torch.int64).numpy().astype(np.uint32),

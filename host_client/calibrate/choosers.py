@@ -10,7 +10,7 @@ lookahead at all: the FFN's own input, which only a bound or a correction may us
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -39,11 +39,25 @@ class Chooser(Protocol):
         """attended: the state behind this layer's attention; activity: the true one."""
 
 
+@runtime_checkable
+class HeadChooser(Chooser, Protocol):
+    """One that scores KV groups too."""
+
+    def head_scores(self, views: LayerViews, norms: torch.Tensor) -> torch.Tensor:
+        """Scores [windows, tokens, groups] before this layer's attention, behind `entered`.
+
+        norms: of what each group truly adds, of the same shape.
+        """
+
+
 class Oracle:
     """The true score of each unit: a bound."""
 
     def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
         pass
+
+    def head_scores(self, views: LayerViews, norms: torch.Tensor) -> torch.Tensor:
+        return norms
 
     def scores(
         self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
@@ -54,12 +68,16 @@ class Oracle:
 class Frequency:
     """How often each unit was active on the calibration text, whatever the token."""
 
-    def __init__(self, counts: torch.Tensor) -> None:
-        """counts: [layers, units]."""
-        self._counts = counts.float()
+    def __init__(self, counts: torch.Tensor, head_norms: torch.Tensor | None = None) -> None:
+        """counts: [layers, units]; head_norms: [layers, groups], means over the same text."""
+        self._counts, self._head_norms = counts.float(), head_norms
 
     def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
         pass
+
+    def head_scores(self, views: LayerViews, norms: torch.Tensor) -> torch.Tensor:
+        assert self._head_norms is not None, "norms are measured where heads are to be chosen"
+        return self._head_norms[views.dense.number].expand(norms.shape)
 
     def scores(
         self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
@@ -146,17 +164,30 @@ class Rollout:
     def __init__(self, model: DenseModel, low: str, lookahead: int) -> None:
         self._model, self._low, self._lookahead = model, low, lookahead
         self._on_the_way: deque[torch.Tensor] = deque()  # the oldest first; each enters a layer
+        self._attended: list[torch.Tensor] = []  # the same behind this layer's attention
+        self._mixed = torch.empty(0)  # of the oldest, in this layer
 
     def entered(self, views: LayerViews, hidden: torch.Tensor) -> None:
+        low, model = views.low[self._low], self._model
         if views.dense.number == 0 or self._lookahead == 0:
             self._on_the_way.append(hidden)
+        mixed = [model.mixed(low, state) for state in self._on_the_way]
+        self._attended = [
+            state + model.projected(low, values)
+            for state, values in zip(self._on_the_way, mixed, strict=True)
+        ]
+        self._mixed = mixed[0]
+        self._on_the_way.clear()
+
+    def head_scores(self, views: LayerViews, norms: torch.Tensor) -> torch.Tensor:
+        outputs = self._model.group_outputs(views.low[self._low], self._mixed)
+        scores: torch.Tensor = outputs.norm(dim=-1)
+        return scores
 
     def scores(
         self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
     ) -> torch.Tensor:
-        low, model = views.low[self._low], self._model
-        states = [state + model.attention(low, state) for state in self._on_the_way]
-        self._on_the_way.clear()
+        low, model, states = views.low[self._low], self._model, self._attended
         scores = unit_scores(model, low, states[0])
         if self._lookahead > 0:
             number = views.dense.number
@@ -164,6 +195,7 @@ class Rollout:
             for state in [*states[done:], attended]:
                 x = model.ffn_input(low, state)
                 self._on_the_way.append(state + model.summed(low, model.activity(low, x)))
+        self._attended = []
         return scores
 
 

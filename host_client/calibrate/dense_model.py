@@ -133,6 +133,24 @@ class DenseModel:
 
     def attention(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
         """Causal attention over whole windows; hidden float32 [windows, tokens, hidden]."""
+        return self.projected(layer, self.mixed(layer, hidden))
+
+    def projected(self, layer: DecoderLayer, mixed: torch.Tensor) -> torch.Tensor:
+        """The heads' values behind the output projection: [..., hidden]."""
+        return self._product(mixed, layer.o)
+
+    def group_outputs(self, layer: DecoderLayer, mixed: torch.Tensor) -> torch.Tensor:
+        """What each KV group adds to the residual stream: [..., groups, hidden].
+
+        mixed: what `mixed` returned; the groups' sum is what `attention` returns.
+        """
+        by_group = mixed.unflatten(-1, (self.shape.kv_heads, -1)).unbind(-2)
+        columns = layer.o.unflatten(1, (self.shape.kv_heads, -1)).unbind(1)
+        pairs = zip(by_group, columns, strict=True)
+        return torch.stack([self._product(*pair) for pair in pairs], -2)
+
+    def mixed(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+        """The heads' values before the output projection: [windows, tokens, heads * head_dim]."""
         x = self.normed(hidden, layer.attn_norm)
         queries, keys, values = (
             self._by_head(self._product(x, rows)) for rows in (layer.q, layer.k, layer.v)
@@ -145,7 +163,7 @@ class DenseModel:
             is_causal=True,
             enable_gqa=True,
         )
-        return self._product(mixed.transpose(1, 2).flatten(2), layer.o)
+        return mixed.transpose(1, 2).flatten(2)
 
     def _rotation(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         embedding: Any = LlamaRotaryEmbedding(config=self._config)

@@ -3,7 +3,8 @@
 Every setting has its own run over every block of windows, and all runs go through one layer before
 the next layer is read. A run's FFN adds only the units that its chooser kept, so later layers see
 what was lost before, as they would in use; attention sees all earlier tokens of the window as that
-run left them. The last hidden states are compared with the dense run's, block by block.
+run left them, and adds only the KV groups that were kept where a setting says so. The last hidden
+states are compared with the dense run's, block by block.
 """
 
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from pydantic import BaseModel
 
-from host_client.calibrate.choosers import Chooser, LayerViews, top
+from host_client.calibrate.choosers import Chooser, HeadChooser, LayerViews, top
 from host_client.calibrate.dense_model import DenseModel
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
@@ -34,6 +35,7 @@ class Setting:
     correction: str | None = None  # low-bit rows that speak for the units left out
     resident: torch.Tensor | None = None  # bool [layers, units], held by the host
     use_resident: bool = False  # resident units are always computed, and the kept ones come on top
+    heads: Sequence[int] | None = None  # KV groups by layer; None: all, and nobody chooses
     name: str = ""
 
 
@@ -44,6 +46,8 @@ class LayerFigures(BaseModel):
     precision: float  # of what was computed: share that is in the true top `kept`
     recall_third: float  # of the true top third, a third chosen by the same scores
     staged_units: float  # a token: computed and not resident
+    kept_groups: int  # KV groups of attention, none of them resident
+    groups_recall: float  # of the true top `kept_groups`: share that was computed
 
 
 class Outcome(BaseModel):
@@ -60,7 +64,9 @@ class Outcome(BaseModel):
     recall: float
     precision: float
     recall_third: float
-    staged_bytes_per_token: float
+    staged_bytes_per_token: float  # of FFN units
+    heads_bytes_per_token: float  # of KV groups, none of them resident
+    groups_recall: float  # over the layers that leave groups out; 1 where none does
     layers: list[LayerFigures]
 
 
@@ -70,6 +76,7 @@ class LabReport(BaseModel):
     window: int
     dense_perplexity: float
     dense_bytes_per_token: float  # FFN bytes of a pass that leaves nothing out, none resident
+    dense_heads_bytes_per_token: float  # the same of KV groups
     outcomes: list[Outcome]
 
 
@@ -84,6 +91,7 @@ class _Tallies:
     third_wanted: int = 0
     units: int = 0
     staged: int = 0
+    groups_found: int = 0
 
 
 @dataclass(slots=True)
@@ -145,7 +153,7 @@ class Lab:
         layer, model, chooser = views.dense, self.model, run.chooser
         assert chooser is not None
         chooser.entered(views, run.hidden)
-        attended = run.hidden + model.attention(layer, run.hidden)
+        attended = run.hidden + self._attention(run, views, setting, tally)
         x = model.ffn_input(layer, attended)
         activity = model.activity(layer, x)
         scores = chooser.scores(views, attended, activity)
@@ -156,6 +164,22 @@ class Lab:
             low = views.low[setting.correction]
             added += model.summed(low, model.activity(low, x) * ~mask)
         run.hidden = attended + added
+
+    def _attention(
+        self, run: _Run, views: LayerViews, setting: Setting, tally: _Tallies
+    ) -> torch.Tensor:
+        """What the KV groups add that were kept."""
+        layer, groups = views.dense, self.model.shape.kv_heads
+        kept = groups if setting.heads is None else setting.heads[layer.number]
+        if kept == groups:
+            return self.model.attention(layer, run.hidden)
+        if not isinstance(run.chooser, HeadChooser):
+            raise TypeError(f"{setting.name or setting.program} scores no KV groups")
+        outputs = self.model.group_outputs(layer, self.model.mixed(layer, run.hidden))
+        norms = outputs.norm(dim=-1)
+        mask = top(run.chooser.head_scores(views, norms), kept)
+        tally.groups_found += int((mask & top(norms, kept)).sum())
+        return (outputs * mask[..., None]).sum(-2)
 
     def _losses(
         self, dense: list[_Run], runs: list[list[_Run]], blocks: Sequence[torch.Tensor]
@@ -182,10 +206,12 @@ class Lab:
     ) -> LabReport:
         shape = self.model.shape
         unit_bytes = 3 * shape.hidden * 2
+        group_bytes = 2 * shape.group_rows * shape.hidden * 2
         dense = losses[0]
         dense_perplexity = math.exp(dense.nll / dense.scored)
+        groups = shape.kv_heads
         outcomes = [
-            _outcome(setting, of_layers, loss, dense_perplexity, unit_bytes)
+            _outcome(setting, of_layers, loss, dense_perplexity, unit_bytes, group_bytes, groups)
             for setting, of_layers, loss in zip(settings, tallies, losses[1:], strict=True)
         ]
         return LabReport(
@@ -194,6 +220,7 @@ class Lab:
             window=self.windows.shape[1],
             dense_perplexity=dense_perplexity,
             dense_bytes_per_token=float(shape.layers * shape.ffn * unit_bytes),
+            dense_heads_bytes_per_token=float(shape.layers * groups * group_bytes),
             outcomes=outcomes,
         )
 
@@ -245,10 +272,15 @@ def _outcome(
     losses: _Losses,
     dense_perplexity: float,
     unit_bytes: int,
+    group_bytes: int,
+    groups: int,
 ) -> Outcome:
+    kept_groups = setting.heads or [groups] * len(tallies)
     layers = [
-        _layer_figures(number, setting.kept[number], tally) for number, tally in enumerate(tallies)
+        _layer_figures(number, setting.kept[number], kept_groups[number], groups, tally)
+        for number, tally in enumerate(tallies)
     ]
+    leaving_out = [layer.groups_recall for layer in layers if layer.kept_groups < groups]
     computed = sum(tally.computed for tally in tallies) / sum(tally.units for tally in tallies)
     staged = sum(layer.staged_units for layer in layers)
     perplexity = math.exp(losses.nll / losses.scored)
@@ -269,11 +301,16 @@ def _outcome(
         precision=mean([layer.precision for layer in layers]),
         recall_third=mean([layer.recall_third for layer in layers]),
         staged_bytes_per_token=staged * unit_bytes,
+        heads_bytes_per_token=float(sum(kept_groups) * group_bytes),
+        groups_recall=mean(leaving_out or [1.0]),
         layers=layers,
     )
 
 
-def _layer_figures(number: int, kept: int, tally: _Tallies) -> LayerFigures:
+def _layer_figures(
+    number: int, kept: int, kept_groups: int, groups: int, tally: _Tallies
+) -> LayerFigures:
+    groups_wanted = kept_groups * tally.tokens
     return LayerFigures(
         layer=number,
         kept=kept,
@@ -281,4 +318,6 @@ def _layer_figures(number: int, kept: int, tally: _Tallies) -> LayerFigures:
         precision=tally.found / max(1, tally.computed),
         recall_third=tally.third_found / max(1, tally.third_wanted),
         staged_units=tally.staged / tally.tokens,
+        kept_groups=kept_groups,
+        groups_recall=1.0 if kept_groups == groups else tally.groups_found / groups_wanted,
     )

@@ -25,6 +25,7 @@ from host_client.calibrate.choosers import (
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.lab import WANTED_SHARE, Lab, LabReport, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
+from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer
 
 Progress = Callable[[int, int], None]
 
@@ -36,6 +37,7 @@ class Prepared:
     model: DenseModel
     views: dict[int, LayerViews]  # rows by name: "4", "3 fitted"
     shares: torch.Tensor  # float32 [layers, units]: how often each unit is wanted
+    head_norms: torch.Tensor  # float32 [layers, groups]: mean norm of what each KV group adds
     resident: torch.Tensor  # bool [layers, units]: the units that the host holds
 
 
@@ -47,15 +49,19 @@ class Asked:
     lookahead: int
     kept: float
     corrected: bool
+    heads: float = 1.0
 
     @property
     def name(self) -> str:
         ahead = "" if self.lookahead == AT_FFN else f"@{self.lookahead}"
-        return f"{self.program}{ahead} {self.kept:g}{'+correct' if self.corrected else ''}"
+        words = [f"{self.kept:g}"] + ["correct"] * self.corrected
+        words += [f"heads={self.heads:g}"] * (self.heads < 1)
+        return f"{self.program}{ahead} {'+'.join(words)}"
 
 
 PROGRAMS = ("oracle", "shadow", "rollout", "frequency", "window")
 _NEED_LOOKAHEAD = ("shadow", "rollout")
+_SCORE_HEADS = ("oracle", "rollout", "frequency")
 DEFAULT_SETTINGS = (
     "oracle:0.5 oracle:0.33 oracle:0.1 shadow@0:0.5 shadow@1:0.5 shadow@1:0.33 "
     "rollout@0:0.5 rollout@1:0.5 rollout@1:0.33 rollout@1:0.2 rollout@4:0.5 rollout@4:0.33 "
@@ -64,26 +70,39 @@ DEFAULT_SETTINGS = (
 
 
 def parse(text: str) -> Asked:
-    """PROGRAM[@LOOKAHEAD]:KEPT[+correct], as in rollout@1:0.33+correct. Raises ValueError."""
+    """PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE], as in rollout@1:0.33+correct.
+
+    Raises ValueError.
+    """
     program, _, quality = text.partition(":")
     program, _, ahead = program.partition("@")
-    kept, plus, correct = quality.partition("+")
-    share = float(kept) if kept.replace(".", "", 1).isdigit() else 0.0
+    kept, *words = quality.split("+")
+    corrected = words[:1] == ["correct"]
+    heads = [word.removeprefix("heads=") for word in words[corrected:]] or ["1"]
     lookahead = int(ahead) if ahead.isdigit() else AT_FFN
-    wrong_ahead = bool(ahead) and (program not in _NEED_LOOKAHEAD or not ahead.isdigit())
-    if (
-        program not in PROGRAMS
-        or not 0 < share <= 1
-        or wrong_ahead
-        or correct != "correct" * bool(plus)
-    ):
-        raise ValueError(
-            f"{text!r} is no setting. Write PROGRAM[@LOOKAHEAD]:KEPT[+correct], PROGRAM one of "
-            f"{', '.join(PROGRAMS)}, like rollout@1:0.33+correct"
-        )
-    if program == "rollout" and lookahead == AT_FFN:
+    if program == "rollout" and not ahead:
         lookahead = 1
-    return Asked(program, lookahead, share, bool(plus))
+    asked = Asked(program, lookahead, _share(kept), corrected, _share(heads[0]))
+    wrong_ahead = bool(ahead) and (program not in _NEED_LOOKAHEAD or not ahead.isdigit())
+    said = f"{program}{'@' * bool(ahead)}{ahead}:{kept}" + "+correct" * corrected
+    said += f"+heads={heads[0]}" * (len(words) > corrected)
+    if program not in PROGRAMS or wrong_ahead or 0 in (asked.kept, asked.heads) or said != text:
+        raise ValueError(
+            f"{text!r} is no setting. Write PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE], "
+            f"PROGRAM one of {', '.join(PROGRAMS)}, like rollout@1:0.33+correct"
+        )
+    if asked.heads < 1 and (program not in _SCORE_HEADS or lookahead == 0):
+        raise ValueError(
+            f"{text!r}: heads are chosen by {', '.join(_SCORE_HEADS)}, and by a rollout one layer "
+            "ahead or more, like rollout@1:0.5+heads=0.67"
+        )
+    return asked
+
+
+def _share(text: str) -> float:
+    """A share in (0, 1]; 0 for what is none."""
+    share = float(text) if text.replace(".", "", 1).isdigit() else 0.0
+    return share if share <= 1 else 0.0
 
 
 def prepare(
@@ -97,14 +116,15 @@ def prepare(
     """One walk of the calibration windows: counts, and the low-bit rows of every layer."""
     shape = model.shape
     group = group_of(shape.hidden, shape.heads * shape.head_dim)
-    views, counts = {}, []
+    views, counts, norms = {}, [], []
     for found in walk(model, windows, progress=progress):
         rows = round_layer(found.layer, bits, group, found.moments if fitted else None)
         low = values_of(found.layer, rows, bits).cast(model.dtype)
         views[found.layer.number] = LayerViews(found.layer.cast(model.dtype), {"low": low})
         counts.append(torch.from_numpy(found.counts.astype("float32")))
+        norms.append(found.head_norms.mean((0, 1)))
     shares = torch.stack(counts) / windows.numel()
-    return Prepared(model, views, shares, hottest(shares, resident_share))
+    return Prepared(model, views, shares, torch.stack(norms), hottest(shares, resident_share))
 
 
 def hottest(shares: torch.Tensor, share: float) -> torch.Tensor:
@@ -114,16 +134,23 @@ def hottest(shares: torch.Tensor, share: float) -> torch.Tensor:
     return resident.view_as(shares)
 
 
-def setting_of(asked: Asked, prepared: Prepared) -> Setting:
-    units, layers = prepared.model.shape.ffn, prepared.model.shape.layers
+def setting_of(
+    asked: Asked, prepared: Prepared, dense_layers: int = DENSE_LAYERS_DEFAULT
+) -> Setting:
+    """`dense_layers`: how many first layers keep all KV groups where others leave some out."""
+    shape = prepared.model.shape
+    units, layers, heads = shape.ffn, shape.layers, None
+    if asked.heads < 1:
+        heads = kept_by_layer(asked.heads, shape.kv_heads, layers, dense_layers)
     ahead = "" if asked.lookahead == AT_FFN else f", {asked.lookahead} ahead"
     corrected = ", corrected" if asked.corrected else ""
     return Setting(
-        program=f"{asked.program}{ahead}{corrected}",
+        program=f"{asked.program}{ahead}{corrected}{', fewer heads' if heads else ''}",
         chooser=_maker(asked, prepared),
         kept=[math.ceil(asked.kept * units)] * layers,
         correction="low" if asked.corrected else None,
         resident=prepared.resident,
+        heads=heads,
         name=asked.name,
     )
 
@@ -135,15 +162,19 @@ def _maker(asked: Asked, prepared: Prepared) -> Callable[[], Chooser]:
         "oracle": Oracle,
         "shadow": lambda: Shadow(model, "low", lookahead),
         "rollout": lambda: Rollout(model, "low", lookahead),
-        "frequency": lambda: Frequency(shares),
+        "frequency": lambda: Frequency(shares, prepared.head_norms),
         "window": lambda: Window(WINDOW_TOKENS, WINDOW_DECAY, shares, wanted),
     }
     return makers[asked.program]
 
 
 def sweep(
-    prepared: Prepared, windows: torch.Tensor, settings: Sequence[Asked], progress: Progress
+    prepared: Prepared,
+    windows: torch.Tensor,
+    settings: Sequence[Asked],
+    progress: Progress,
+    dense_layers: int = DENSE_LAYERS_DEFAULT,
 ) -> LabReport:
     """Every setting over the held-out windows, int64 [windows, tokens]."""
     lab = Lab(prepared.model, lambda number: prepared.views[number], windows, progress)
-    return lab.measure([setting_of(asked, prepared) for asked in settings])
+    return lab.measure([setting_of(asked, prepared, dense_layers) for asked in settings])

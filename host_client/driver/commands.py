@@ -18,7 +18,8 @@ class StageTarget:
     `keep` is the fraction of units a program chooses (predict_and_stage only); `units` are named,
     ascending. `ignore_residency` stages named units even where the host said that it holds them.
     Units are read from `copy` of the model; those that are in `elsewhere`, from the copy beside
-    them there (each in one entry at most, ascending).
+    them there (each in one entry at most, ascending). `to_dram` brings units into the drive's DRAM
+    only, as many as there is room for, the highest scores first; a later command finds them there.
     """
 
     site: int
@@ -28,6 +29,7 @@ class StageTarget:
     ignore_residency: bool = False
     copy: int = 0
     elsewhere: tuple[tuple[int, U32], ...] = ()
+    to_dram: bool = False
 
     def __post_init__(self) -> None:
         chosen = (self.keep is not None) + (self.units is not None) + self.all
@@ -112,7 +114,8 @@ class StagedSite:
     """What of one site now lies in the window, packed without gaps, ascending.
 
     `predicted` is what the program chose (None when none ran for this target); `units` is what was
-    staged, None when that is every unit of the site that the host does not hold.
+    staged, None when that is every unit of the site that the host does not hold. Of a target to
+    DRAM nothing lies in the window: `units` is what lies in DRAM from `ready_ns` on.
     """
 
     site: int
@@ -126,6 +129,9 @@ class StagedSite:
     units_from_dram: int
     nand_page_reads: int
     units_from_copies: int = 0  # read from another copy than the first
+    to_dram: bool = False
+    units_no_room: int = 0  # to DRAM only: not brought, there was no room
+    units_lost: int = 0  # to DRAM only: not brought, they could not be read
 
 
 @dataclass(frozen=True, slots=True)

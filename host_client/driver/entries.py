@@ -276,6 +276,7 @@ def _target(target: StageTarget) -> pb.StageTarget:
         site=target.site,
         ignore_residency=target.ignore_residency,
         copy=target.copy,
+        to_dram=target.to_dram,
         elsewhere=[
             pb.Elsewhere(copy=copy, units=_word_bytes(units)) for copy, units in target.elsewhere
         ],
@@ -365,6 +366,9 @@ def _staged_site(site: pb.StagedSite) -> StagedSite:
         units_from_dram=site.units_from_dram,
         nand_page_reads=site.nand_page_reads,
         units_from_copies=site.units_from_copies,
+        to_dram=site.to_dram,
+        units_no_room=site.units_no_room,
+        units_lost=site.units_lost,
     )
 
 

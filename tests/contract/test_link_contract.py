@@ -151,6 +151,26 @@ def test_staged_units_lie_in_the_window_packed(drive: Drive) -> None:
     assert drive.release_errors == 0
 
 
+def test_units_brought_to_dram_are_there_for_the_next_command(drive: Drive) -> None:
+    wanted = np.array([5, 6, 50], np.uint32)
+    drive.write(UNITS_AT, IMAGE[UNITS_AT : UNITS_AT + BLOCK_BYTES])  # nothing is in DRAM now
+    (brought,) = drive.stage(MODEL, [StageTarget(FFN, units=wanted, to_dram=True)]).result().sites
+    assert brought.to_dram
+    assert brought.units is not None
+    assert brought.units.tolist() == wanted.tolist()
+    assert (brought.units_from_dram, brought.lease, brought.length_bytes) == (0, 0, 0)
+    assert (brought.units_no_room, brought.units_lost) == (0, 0)
+    assert leases(drive) == 0
+    hidden = np.ones((1, HIDDEN), np.float32)
+    targets = [StageTarget(FFN, units=wanted), StageTarget(FFN, keep=0.25, to_dram=True)]
+    staged, more = drive.predict_and_stage(MODEL, PROGRAM, 0, hidden, targets).result().sites
+    assert (staged.units_from_dram, staged.nand_page_reads) == (3, 0)
+    lying = window_bytes(drive, staged.window_offset, staged.length_bytes)
+    assert np.array_equal(lying.reshape(3, UNIT_BYTES), FFN_UNITS[wanted])
+    assert more.predicted is not None
+    assert more.unit_count == more.predicted.size == UNITS // 4
+
+
 def test_a_program_predicts_and_what_the_host_holds_is_left_out(drive: Drive) -> None:
     hidden = np.random.default_rng(2).standard_normal((2, HIDDEN)).astype(np.float32)
     target = [StageTarget(FFN, keep=0.25)]

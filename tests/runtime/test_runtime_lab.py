@@ -132,6 +132,64 @@ def test_better_informed_choosers_choose_better(open_dense, windows) -> None:
     assert recalls[2] > recalls[3] + 0.05
 
 
+@pytest.mark.parametrize("kept_groups", [1, 2])
+def test_heads_that_are_left_out_are_those_of_the_least_norm(
+    lab, open_dense, tokens_of, kept_groups: int
+) -> None:
+    """Against transformers' own attention, its output projection less the columns left out."""
+    model = open_dense("slices")
+    groups, layers = model.shape.kv_heads, model.shape.layers
+    ids = tokens_of(lab, "slices", TOKENS)
+    dense = lab.zoo.dense("slices")
+
+    def leave_out(module: torch.nn.Module, arguments: tuple, number: int) -> tuple:
+        by_group = arguments[0].unflatten(-1, (groups, -1))  # [1, tokens, groups, rows]
+        columns = module.weight.unflatten(1, (groups, -1))  # [hidden, groups, rows]
+        norms = torch.einsum("btgr,hgr->btgh", by_group, columns).norm(dim=-1)
+        mask = top(norms, groups if number == 0 else kept_groups)
+        return ((by_group * mask[..., None]).flatten(-2),)
+
+    hooks = [
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, given, number=number: leave_out(module, given, number)
+        )
+        for number, layer in enumerate(dense.model.layers)
+    ]
+    with torch.inference_mode():
+        log_p = dense(ids).logits[0, :-1].log_softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    expected = math.exp(-float(log_p.gather(1, ids[0, 1:, None]).mean()))
+    heads = [groups] + [kept_groups] * (layers - 1)
+    setting = Setting("oracle", Oracle, kept(model, 1.0), heads=heads)
+    (outcome,) = Lab(model, views_of(model), ids).measure([setting]).outcomes
+    assert outcome.perplexity == pytest.approx(expected, rel=1e-4)
+    assert abs(outcome.against_dense) > 1e-4
+    assert outcome.groups_recall == 1
+    group_bytes = 2 * model.shape.group_rows * model.shape.hidden * 2
+    assert outcome.heads_bytes_per_token == sum(heads) * group_bytes
+
+
+def test_choosers_of_heads_differ_by_what_they_know(open_dense, windows) -> None:
+    model = open_dense(NAME)
+    groups, layers = model.shape.kv_heads, model.shape.layers
+    fewer = [groups] + [1] * (layers - 1)
+    norms = torch.arange(groups).expand(layers, -1).float()
+    shares = torch.ones(layers, model.shape.ffn)
+    settings = [
+        Setting("rollout", lambda: Rollout(model, "exact", 1), kept(model, 1.0), heads=fewer),
+        Setting("rollout", lambda: Rollout(model, "low", 1), kept(model, 1.0), heads=fewer),
+        Setting("frequency", lambda: Frequency(shares, norms), kept(model, 1.0), heads=fewer),
+    ]
+    outcomes = Lab(model, views_of(model), windows).measure(settings).outcomes
+    assert outcomes[1].groups_recall > 0.8 > outcomes[2].groups_recall
+    assert outcomes[0].groups_recall > outcomes[1].groups_recall
+    assert [layer.kept_groups for layer in outcomes[0].layers] == fewer
+    mute = Setting("shadow", lambda: Shadow(model, "low", 1), kept(model, 1.0), heads=fewer)
+    with pytest.raises(TypeError, match="shadow scores no KV groups"):
+        Lab(model, views_of(model), windows).measure([mute])
+
+
 @pytest.mark.parametrize("lookahead", [0, 1, 2, 9])
 def test_a_rollout_over_exact_rows_knows_what_comes(open_dense, windows, lookahead: int) -> None:
     """Nothing is left out on the way, so the state that was carried forward is the true one."""

@@ -11,6 +11,7 @@ from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.plot import write_plot
 from host_client.calibrate.sweep import DEFAULT_SETTINGS, Asked, hottest, parse, prepare, sweep
 from host_client.model.safetensors_folder import SafetensorsFolder
+from host_client.runtime.head_groups import kept_by_layer, kept_groups
 
 NAME = "tied"
 
@@ -20,6 +21,10 @@ def test_settings_read_as_they_are_written() -> None:
     assert parse("shadow@1:0.1+correct") == Asked("shadow", 1, 0.1, corrected=True)
     assert parse("rollout:1").lookahead == 1
     assert parse("rollout@4:0.33").name == "rollout@4 0.33"
+    fewer = parse("rollout@2:0.5+correct+heads=0.67")
+    assert fewer == Asked("rollout", 2, 0.5, corrected=True, heads=0.67)
+    assert fewer.name == "rollout@2 0.5+correct+heads=0.67"
+    assert parse("oracle:1+heads=0.67").heads == 0.67
     assert len({parse(text) for text in DEFAULT_SETTINGS}) == len(DEFAULT_SETTINGS)
 
 
@@ -33,6 +38,21 @@ def test_settings_read_as_they_are_written() -> None:
 def test_what_is_no_setting_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no setting. Write .* like rollout@1"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["shadow@1:0.5+heads=0.67", "window:0.5+heads=0.5", "rollout@0:1+heads=0.5"]
+)
+def test_heads_that_nobody_chooses_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="heads are chosen by oracle, rollout, frequency"):
+        parse(text)
+
+
+def test_a_share_of_heads_is_whole_groups() -> None:
+    assert [kept_groups(share, 3) for share in (0.01, 0.34, 0.5, 0.67, 0.99)] == [1, 1, 2, 2, 3]
+    assert kept_by_layer(0.5, 4, 5, 2) == [4, 4, 2, 2, 2]
+    assert kept_by_layer(0.5, 4, 2, 0) == [4, 2]
+    assert kept_by_layer(0.5, 4, 2, 9) == [4, 4]
 
 
 def test_the_hottest_units_are_counted_over_all_layers() -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from csd_device.dram import UnitCache
+from csd_device.dram.unit_cache import HELD, HOLD_TURNS
 
 MIB = 1 << 20
 
@@ -135,3 +136,91 @@ def test_never_gives_wrong_bytes(seed: int) -> None:
         if rng.random() < 0.05:
             cache.drop(key)
         assert cache.used_bytes <= cache.capacity_bytes
+
+
+def _bring(cache: UnitCache, key: tuple[int, int], units: np.ndarray, size: int = 4096) -> None:
+    cache.insert(key, units, _data(key, units, size))
+    cache.hold(key, units, is_new=True)
+
+
+def test_what_is_held_is_not_evicted_until_it_was_used() -> None:
+    cache = UnitCache(1 * MIB)  # 256 units
+    near = np.arange(100, dtype=np.uint32)
+    _bring(cache, (1, 0), near)
+    assert cache.room(4096, 300) == 156
+    for start in range(0, 1000, 200):
+        scan = np.arange(start, start + 200, dtype=np.uint32)
+        assert cache.insert((1, 9), scan, _data((1, 9), scan, 4096)) == 156
+        cache.drop((1, 9))
+    assert _fetch(cache, (1, 0), near[:60], 4096).all()  # ends the hold of the others too
+    assert cache.room(4096, 300) == 256
+    assert (cache.brought, cache.brought_used) == (100, 60)
+
+
+def test_what_goes_further_ahead_never_evicts_what_is_nearer() -> None:
+    cache = UnitCache(1 * MIB)
+    for layer in range(4):
+        units = np.arange(100, dtype=np.uint32)
+        _bring(cache, (1, layer), units[: cache.room(4096, 100)])
+    assert cache.room(4096, 1) == 0
+    assert cache.insert((1, 5), _units(1), _data((1, 5), _units(1), 4096)) == 0
+    held = [int(_fetch(cache, (1, layer), units, 4096).sum()) for layer in range(4)]
+    assert held == [100, 100, 56, 0]
+
+
+def test_a_hold_of_units_that_nobody_asks_for_ends() -> None:
+    cache = UnitCache(1 * MIB)
+    _bring(cache, (1, 0), np.arange(256, dtype=np.uint32))
+    for _ in range(HOLD_TURNS):
+        assert cache.room(4096, 256) == 0
+        cache.lookup((1, 1), _units(0))
+    assert cache.room(4096, 256) == 256
+    assert (cache.brought, cache.brought_used) == (256, 0)
+
+
+def test_held_slabs_do_not_go_to_another_size() -> None:
+    cache = UnitCache(1 * MIB)
+    _bring(cache, (1, 0), np.arange(10, dtype=np.uint32))
+    assert cache.insert((1, 1), _units(7), _data((1, 1), _units(7), 1000)) == 0
+    assert _fetch(cache, (1, 0), np.arange(10, dtype=np.uint32), 4096).all()
+    assert cache.insert((1, 1), _units(7), _data((1, 1), _units(7), 1000)) == 1
+
+
+def test_dropping_a_site_ends_its_hold() -> None:
+    cache = UnitCache(1 * MIB)
+    _bring(cache, (1, 0), np.arange(256, dtype=np.uint32))
+    cache.drop((1, 0))
+    assert cache.room(4096, 256) == 256
+    _bring(cache, (1, 1), np.arange(256, dtype=np.uint32))
+    assert cache.room(4096, 256) == 0
+
+
+def test_times_go_with_the_unit_that_is_in_a_slot() -> None:
+    cache = UnitCache(1 * MIB)
+    units = np.arange(256, dtype=np.uint32)
+    cache.insert((1, 0), units, _data((1, 0), units, 4096))
+    cache.set_ready((1, 0), _units(3, 4, 4000), 70)
+    assert cache.ready_ns((1, 0), cache.lookup((1, 0), _units(2))) == 0
+    assert cache.ready_ns((1, 0), cache.lookup((1, 0), _units(2, 3))) == 70
+    cache.insert((1, 1), units, _data((1, 1), units, 4096))
+    assert cache.ready_ns((1, 1), cache.lookup((1, 1), units)) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_holds_never_give_wrong_bytes_and_are_counted(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cache = UnitCache(2 * MIB)
+    keys = {(1, 0): 4096, (1, 1): 4096, (1, 2): 20_000}
+    for _ in range(300):
+        key = list(keys)[rng.integers(3)]
+        units = np.unique(rng.integers(0, 300, rng.integers(1, 90)).astype(np.uint32))
+        if rng.random() < 0.5:
+            _fetch(cache, key, units, keys[key])
+        slots = cache.hold(key, units, is_new=False)
+        missing = units[slots < 0][: cache.room(keys[key], int((slots < 0).sum()))]
+        assert cache.insert(key, missing, _data(key, missing, keys[key])) == missing.size
+        assert (cache.hold(key, missing, is_new=True) >= 0).all()
+        if rng.random() < 0.05:
+            cache.drop(key)
+        for sized in cache._classes.values():
+            assert sized.held == np.count_nonzero(sized.marks >= HELD)

@@ -1036,6 +1036,7 @@ class StageTarget(_message.Message):
     IGNORE_RESIDENCY_FIELD_NUMBER: _builtins.int
     COPY_FIELD_NUMBER: _builtins.int
     ELSEWHERE_FIELD_NUMBER: _builtins.int
+    TO_DRAM_FIELD_NUMBER: _builtins.int
     site: _builtins.int
     keep: _builtins.float
     """PREDICT_AND_STAGE only: the top fraction, by the program's score"""
@@ -1046,6 +1047,8 @@ class StageTarget(_message.Message):
     """Stage named units even where the host's residency says it holds them."""
     copy: _builtins.int
     """which of the model's copies units are read from; 0: the first"""
+    to_dram: _builtins.bool
+    """Bring units into on-drive DRAM only, for a later command: no lease, nothing over the link."""
     @_builtins.property
     def elsewhere(self) -> _containers.RepeatedCompositeFieldContainer[Global___Elsewhere]:
         """each unit in one of them at most"""
@@ -1060,10 +1063,11 @@ class StageTarget(_message.Message):
         ignore_residency: _builtins.bool = ...,
         copy: _builtins.int = ...,
         elsewhere: _abc.Iterable[Global___Elsewhere] | None = ...,
+        to_dram: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "keep", b"keep", "units", b"units", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "copy", b"copy", "elsewhere", b"elsewhere", "ignore_residency", b"ignore_residency", "keep", b"keep", "site", b"site", "units", b"units", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "copy", b"copy", "elsewhere", b"elsewhere", "ignore_residency", b"ignore_residency", "keep", b"keep", "site", b"site", "to_dram", b"to_dram", "units", b"units", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["keep", "units", "all"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
@@ -1249,11 +1253,16 @@ class StagedSite(_message.Message):
     UNITS_FROM_DRAM_FIELD_NUMBER: _builtins.int
     NAND_PAGE_READS_FIELD_NUMBER: _builtins.int
     UNITS_FROM_COPIES_FIELD_NUMBER: _builtins.int
+    TO_DRAM_FIELD_NUMBER: _builtins.int
+    UNITS_NO_ROOM_FIELD_NUMBER: _builtins.int
+    UNITS_LOST_FIELD_NUMBER: _builtins.int
     site: _builtins.int
     predicted: _builtins.bytes
     """What the program chose, held by the host or not; empty unless the target said keep < 1."""
     units: _builtins.bytes
-    """What now lies in the window, ascending, packed without gaps; empty when `all_missing`."""
+    """What now lies in the window, ascending, packed without gaps; empty when `all_missing`. Of a
+    target to DRAM what now lies there, or will at `ready_ns`.
+    """
     all_missing: _builtins.bool
     """every unit of the site that the host does not hold"""
     unit_count: _builtins.int
@@ -1267,6 +1276,12 @@ class StagedSite(_message.Message):
     nand_page_reads: _builtins.int
     units_from_copies: _builtins.int
     """read from another copy than the first"""
+    to_dram: _builtins.bool
+    """as the target said"""
+    units_no_room: _builtins.int
+    """to DRAM only: not brought, there was no room"""
+    units_lost: _builtins.int
+    """to DRAM only: not brought, they could not be read"""
     def __init__(
         self,
         *,
@@ -1282,10 +1297,13 @@ class StagedSite(_message.Message):
         units_from_dram: _builtins.int = ...,
         nand_page_reads: _builtins.int = ...,
         units_from_copies: _builtins.int = ...,
+        to_dram: _builtins.bool = ...,
+        units_no_room: _builtins.int = ...,
+        units_lost: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_missing", b"all_missing", "lease", b"lease", "length_bytes", b"length_bytes", "nand_page_reads", b"nand_page_reads", "predicted", b"predicted", "ready_ns", b"ready_ns", "site", b"site", "unit_count", b"unit_count", "units", b"units", "units_from_copies", b"units_from_copies", "units_from_dram", b"units_from_dram", "window_offset", b"window_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_missing", b"all_missing", "lease", b"lease", "length_bytes", b"length_bytes", "nand_page_reads", b"nand_page_reads", "predicted", b"predicted", "ready_ns", b"ready_ns", "site", b"site", "to_dram", b"to_dram", "unit_count", b"unit_count", "units", b"units", "units_from_copies", b"units_from_copies", "units_from_dram", b"units_from_dram", "units_lost", b"units_lost", "units_no_room", b"units_no_room", "window_offset", b"window_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,8 +14,10 @@ from csd_protocol.program_file import encode_frequency
 from csd_protocol.units import KIB, MIB
 from host_client.calibrate.gate_builder import build_gate
 from host_client.calibrate.predictor import build_shadow, load_predictor, read_down_norms
+from host_client.calibrate.preparation import build_predictor, load_predictors, recalibrate
 from host_client.calibrate.statistics import measure_frequencies
 from host_client.model.catalog import store_frequencies
+from host_client.model.errors import UnsupportedModel
 from host_client.runtime.refusals import NoPredictor, RequestRefused
 
 CLOSE = 1e-5
@@ -76,26 +78,26 @@ class MixtureZoo:
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> MixtureZoo:
+def mixture_zoo(tmp_path_factory: pytest.TempPathFactory) -> MixtureZoo:
     return MixtureZoo(tmp_path_factory.mktemp("mixtures"))
 
 
 @pytest.fixture(scope="module")
-def mixture_lab(
+def shared_mixture_lab(
     zoo: MixtureZoo, open_lab, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
-    lab = open_lab(zoo, tmp_path_factory.mktemp("lab"), 8 * MIB, MIB)
+    lab = open_lab(mixture_zoo, tmp_path_factory.mktemp("lab"), 8 * MIB, MIB)
     yield lab
     lab.drive.close()
     lab.device.close()
 
 
 @pytest.fixture
-def lab(mixture_lab) -> Iterator[Any]:
-    yield mixture_lab
-    mixture_lab.put_back()
-    assert mixture_lab.leases == 0
-    assert mixture_lab.drive.release_errors == 0
+def lab(shared_mixture_lab) -> Iterator[Any]:
+    yield shared_mixture_lab
+    shared_mixture_lab.put_back()
+    assert shared_mixture_lab.leases == 0
+    assert shared_mixture_lab.drive.release_errors == 0
 
 
 def silent(*_: int) -> None:
@@ -329,14 +331,14 @@ def test_experts_that_are_chosen_often_are_resident(make_mixture_lab, far_from, 
 
 
 @pytest.fixture
-def make_mixture_lab(zoo: MixtureZoo, open_lab, tmp_path: Path) -> Iterator[Any]:
+def make_mixture_lab(mixture_zoo: MixtureZoo, open_lab, tmp_path: Path) -> Iterator[Any]:
     """Drives of a test's own."""
     made: list[Any] = []
 
     def make(window_bytes: int = 4 * MIB) -> Any:
         folder = tmp_path / f"lab-{len(made)}"
         folder.mkdir()
-        made.append(open_lab(zoo, folder, window_bytes, 0))
+        made.append(open_lab(mixture_zoo, folder, window_bytes, 0))
         return made[-1]
 
     yield make
@@ -386,3 +388,28 @@ def test_a_pass_broken_off_is_followed_by_a_good_one(
                 model(ids)
             hook.remove()
             assert far_from(model(ids).logits, dense(ids).logits) <= CLOSE
+
+
+def test_what_packing_loads_for_a_mixture(lab) -> None:
+    _, packed = lab.packed("four")
+    assert load_predictors(lab.drive, packed, silent) == ["gate", "shadow"]
+    loaded = {entry["kind"]: entry for entry in lab.drive.programs()}
+    assert loaded["gate"]["role"] == "router"
+    assert loaded["gate"]["layers"] == [0, 1]
+    assert loaded["shadow"]["layers"] == list(range(2 * 4))
+    assert lab.open("four", "100%", 0.5).csd.predictor == "gate+shadow"
+
+
+def test_what_walks_dense_models_says_that_this_is_a_mixture(lab) -> None:
+    _, packed = lab.packed("four")
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(UnsupportedModel, match="is a mixture of experts, and what measures text"):
+        recalibrate(lab.drive, packed, ids, silent)
+    with pytest.raises(UnsupportedModel, match="knows dense models only"):
+        build_predictor(lab.drive, packed, "rollout", silent)
+
+
+def test_a_dense_model_has_no_gate(shared_lab) -> None:
+    _, packed = shared_lab.packed("tied")
+    with pytest.raises(UnsupportedModel, match="no mixture of experts"):
+        build_predictor(shared_lab.drive, packed, "gate", silent)

@@ -84,7 +84,7 @@ def mixture_zoo(tmp_path_factory: pytest.TempPathFactory) -> MixtureZoo:
 
 @pytest.fixture(scope="module")
 def shared_mixture_lab(
-    zoo: MixtureZoo, open_lab, tmp_path_factory: pytest.TempPathFactory
+    mixture_zoo: MixtureZoo, open_lab, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
     lab = open_lab(mixture_zoo, tmp_path_factory.mktemp("lab"), 8 * MIB, MIB)
     yield lab

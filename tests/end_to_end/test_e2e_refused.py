@@ -178,7 +178,7 @@ def test_kept_fraction_without_a_predictor(
     asked = ("generate", reference.folder, "--prompt", "x", "--quality", "0.5")
     message = csd(*asked, drive=device).refused(REQUEST_REFUSED)
     assert f"needs a predictor for {name}" in message
-    assert f"csd predictor build shadow {name}" in message
+    assert f"csd predictor build rollout {name}" in message
 
 
 @pytest.mark.parametrize(

@@ -97,20 +97,32 @@ class KeyValues:
         self._last = (0, 0)  # position and rows of the last command
 
     def begin(self, first: int, rows: int) -> None:
-        """A command at these positions; forgets what a new beginning makes untrue.
+        """A command that attends at these positions; forgets what a new beginning makes untrue.
 
         Raises CommandError (Invalid Field) for more rows than positions are kept.
         """
-        if rows > self._shape.context or first > POSITION_MAX:
+        if rows > self._shape.context:
             raise CommandError(
                 Status.INVALID_FIELD,
-                f"{rows} rows from position {first}; the program keeps {self._shape.context} "
-                f"positions, up to {POSITION_MAX}",
+                f"{rows} rows; the program keeps {self._shape.context} positions",
             )
+        _check_position(first)
         last_first, last_rows = self._last
         if (first, rows) != self._last and first != last_first + last_rows:
             self._positions[self._positions >= first] = _NONE
         self._last = (first, rows)
+
+    def keep(self, layer: int, first: int, keys: F32, values: F32) -> None:
+        """Keeps keys and values [rows, kv_width], not rotated yet, from position `first` on.
+
+        What the layer had there and behind is forgotten, of other layers nothing. Of more rows than
+        positions are kept, the last ones stay. Raises CommandError (Invalid Field).
+        """
+        _check_position(first)
+        self._positions[layer, self._positions[layer] >= first] = _NONE
+        early = max(0, keys.shape[0] - self._shape.context)
+        self._store(layer, first + early, keys[early:], values[early:])
+        self._last = (first, keys.shape[0])
 
     def attend(self, layer: int, first: int, queries: F32, keys: F32, values: F32) -> F32:
         """Keeps keys and values [rows, kv_width] from position `first` on; then attends.
@@ -118,11 +130,7 @@ class KeyValues:
         queries [rows, query_width], keys and queries not rotated yet; returns [rows, query_width].
         """
         shape = self._shape
-        positions = first + np.arange(queries.shape[0])
-        slots = positions % shape.context
-        self._positions[layer, slots] = positions
-        self._keys[layer, slots] = shape.rotated(keys, first)
-        self._values[layer, slots] = values
+        self._store(layer, first, keys, values)
         attended = np.zeros(queries.shape, np.float32)
         _attend(
             shape.rotated(queries, first),
@@ -134,6 +142,20 @@ class KeyValues:
             attended,
         )
         return attended
+
+    def _store(self, layer: int, first: int, keys: F32, values: F32) -> None:
+        positions = first + np.arange(keys.shape[0])
+        slots = positions % self._shape.context
+        self._positions[layer, slots] = positions
+        self._keys[layer, slots] = self._shape.rotated(keys, first)
+        self._values[layer, slots] = values
+
+
+def _check_position(first: int) -> None:
+    if first > POSITION_MAX:
+        raise CommandError(
+            Status.INVALID_FIELD, f"position {first}; programs keep positions up to {POSITION_MAX}"
+        )
 
 
 @njit(nogil=True, cache=True, fastmath=REORDER)

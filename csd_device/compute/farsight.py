@@ -14,7 +14,7 @@ from csd_device.compute.half_rows import gated, half_dot, highest_over_rows, rms
 from csd_device.compute.layer_names import numbered_layers
 from csd_device.compute.layered import LayeredProgram, check_width
 from csd_device.compute.numbers import check_activation, rms_eps
-from csd_device.compute.program import F32, Cost, ProgramInput, Run
+from csd_device.compute.program import F32, NO_COST, Cost, ProgramInput, Run
 from csd_device.compute.tensor_file import TensorFile, invalid
 from csd_protocol.program_file import ProgramKind, Tensor
 
@@ -149,12 +149,18 @@ class _Sight:
         self._features: F32 | None = None
 
     def score(self, layer: int) -> tuple[F32, Cost]:
-        hidden, first = self._given.hidden, self._given.token
-        cost = self._program.cost(layer, hidden.shape[0])
-        if self._features is None:
-            self._features = self._program.features(hidden, self._memory, first)
-            cost += self._program.features_cost(first, hidden.shape[0])
+        cost = self.remember(layer) + self._program.cost(layer, self._given.hidden.shape[0])
+        assert self._features is not None
         return self._program.score_features(layer, self._features), cost
+
+    def remember(self, layer: int) -> Cost:
+        """The features alone, made once."""
+        self._program.layer(layer)
+        if self._features is not None:
+            return NO_COST
+        hidden, first = self._given.hidden, self._given.token
+        self._features = self._program.features(hidden, self._memory, first)
+        return self._program.features_cost(first, hidden.shape[0])
 
 
 def _read_head(file: TensorFile, layer: int, width: int) -> Head:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NoReturn, Protocol, TypeVar
 
 from csd_device.compute.layer_names import known_layer
-from csd_device.compute.program import F32, U32, Cost, ProgramInput, Run
+from csd_device.compute.program import F32, NO_COST, U32, Cost, ProgramInput, Run
 from csd_device.compute.tensor_file import TensorFile, invalid
 from csd_device.errors import CommandError
 from csd_protocol.packed import Role
@@ -87,6 +87,11 @@ class _DirectRun:
     def score(self, layer: int) -> tuple[F32, Cost]:
         scores = self.program.score(layer, self.hidden)
         return scores, self.program.cost(layer, self.hidden.shape[0])
+
+    def remember(self, layer: int) -> Cost:
+        """Nothing is remembered."""
+        self.program.layer(layer)
+        return NO_COST
 
 
 def check_width(values: F32, width: int) -> None:

@@ -114,7 +114,8 @@ def add_rows(rows: PackedRows, factors: F32, chosen: I64 = ALL_ROWS) -> F32:
     bits = np.int64(rows.bits)
     _sum_rows(rows.packed, rows.scales, chosen, factors, bits, planes, group_sums)
     offsets = np.repeat(group_sums * np.float32(level_offset(rows.bits)), rows.columns // groups, 1)
-    together: F32 = planes.transpose(0, 2, 1).reshape(inputs, rows.columns) - offsets
+    with np.errstate(invalid="ignore"):  # of sums past float32, which a program may be made for
+        together: F32 = planes.transpose(0, 2, 1).reshape(inputs, rows.columns) - offsets
     return together
 
 

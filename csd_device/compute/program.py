@@ -69,6 +69,12 @@ class Run(Protocol):
         take.
         """
 
+    def remember(self, layer: int) -> Cost:
+        """Takes note of the input without scores, for a host that wants no unit of this layer.
+
+        Raises CommandError as `score`.
+        """
+
 
 class Program(Protocol):
     """A loaded program: scores the units of the layers that it knows."""

@@ -73,11 +73,21 @@ class LowBitAttention:
         left: F32 = entered + rows_dot(self.o, self.format.plain(attended, ones))
         return left
 
+    def keep(self, entered: F32, memory: KeyValues, place: int, first: int) -> None:
+        """Keys and values of states [rows, hidden] that entered the layer; as `add_to`."""
+        inputs = self.format.normed(entered, self.norm)
+        keys, values = rows_dot(self.k, inputs) + self.k_bias, rows_dot(self.v, inputs)
+        memory.keep(place, first, keys, values + self.v_bias)
+
     def cost(self, shape: Attention, first: int, rows: int) -> Cost:
         matrices = (self.q, self.k, self.v, self.o)
         ops = 2 * rows * sum(matrix.count * matrix.columns for matrix in matrices)
         dram_bytes = sum(matrix.nbytes for matrix in matrices)
         return Cost(ops + shape.ops(first, rows), dram_bytes + shape.kept_bytes(first, rows))
+
+    def keep_cost(self, rows: int) -> Cost:
+        values = self.k.count * self.k.columns + self.v.count * self.v.columns
+        return Cost(2 * rows * values, self.k.nbytes + self.v.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +132,6 @@ class RolloutProgram(LayeredProgram[RolloutLayer]):
                 "a rollout needs to know which layer its hidden states are of: set the origin",
             )
         check_width(given.hidden, self.layer(origin.layer).ffn.hidden)
-        memory.begin(given.token, given.hidden.shape[0])
         return _Rollout(self, memory, given.hidden, origin, given.token)
 
     def correct(self, layer: int, inputs: F32, computed: U32) -> tuple[F32, Cost]:
@@ -166,12 +175,22 @@ class _Rollout:
                 f"layer {layer} lies before layer {self._origin.layer}, where the states are from",
             )
         if self._products is None:
+            self._memory.begin(self._first, self._state.shape[0])
             self._arrive(through_attention=not self._origin.behind_attention)
         while self._layer < layer:
             self._leave()
             self._arrive(through_attention=True)
         cost, self._cost = self._cost, NO_COST
         return self._scores[layer], cost
+
+    def remember(self, layer: int) -> Cost:
+        """Keys and values of a layer, if the states entered it; else what passing it leaves."""
+        if self._origin != Origin(layer, behind_attention=False) or self._products is not None:
+            return self.score(layer)[1]
+        attention = self._program.layer(layer).attention
+        place = layer - self._program.first_layer
+        attention.keep(self._state, self._memory, place, self._first)
+        return attention.keep_cost(self._state.shape[0])
 
     def _arrive(self, through_attention: bool) -> None:
         """From states that entered a layer, or are behind its attention, to its scores."""

@@ -15,7 +15,7 @@ from numba import njit
 from csd_device.compute.frequency import Counts, read_counts
 from csd_device.compute.layered import LayeredProgram
 from csd_device.compute.numbers import number, whole_number
-from csd_device.compute.program import F32, U32, Cost, ProgramInput, Run
+from csd_device.compute.program import F32, NO_COST, U32, Cost, ProgramInput, Run
 from csd_device.compute.tensor_file import TensorFile
 from csd_protocol.program_file import WINDOW_TOKENS_MAX, Key, ProgramKind
 
@@ -67,6 +67,11 @@ class _WindowRun:
     def score(self, layer: int) -> tuple[F32, Cost]:
         cost = self.program.cost(layer, 1)
         return self.program.score_observed(layer, self.memory[layer]), cost
+
+    def remember(self, layer: int) -> Cost:
+        """Hidden states say nothing of a window; `observe` does."""
+        self.program.layer(layer)
+        return NO_COST
 
 
 @njit(nogil=True, cache=True)

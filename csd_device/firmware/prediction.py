@@ -53,8 +53,16 @@ class Prediction:
         return self._program().role
 
     def top_units(self, site: SiteRecord, keep: float, time: CommandTime) -> U32:
-        """The site's top fraction, ascending; raises as `scores`."""
-        return select_top(self.scores(site, time), kept_count(keep, site.count))
+        """The site's top fraction, ascending; of a fraction 0 the program only takes note.
+
+        Raises as `scores`.
+        """
+        count = kept_count(keep, site.count)
+        if count == 0:
+            self._check_site(site)
+            time.run_program(self._begun().remember(site.layer))
+            return np.empty(0, np.uint32)
+        return select_top(self.scores(site, time), count)
 
     def scores(self, site: SiteRecord, time: CommandTime) -> F32:
         """Of each unit of the site [count].

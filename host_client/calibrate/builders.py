@@ -31,8 +31,8 @@ from host_client.calibrate.dense_model import DecoderLayer, DenseModel
 from host_client.calibrate.lab import WANTED_SHARE
 from host_client.calibrate.low_bit_layers import group_of, round_layer
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
+from host_client.driver import Drive
 from host_client.model.errors import UnsupportedModel
-from host_client.model.storage import BlockStorage
 
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]  # layers done, layers in all
@@ -55,10 +55,10 @@ class Builder:
     """Builds programs for one packed model."""
 
     def __init__(
-        self, storage: BlockStorage, packed: PackedModel, recipe: Recipe, progress: Progress
+        self, drive: Drive, packed: PackedModel, recipe: Recipe, progress: Progress
     ) -> None:
         self._name, self._recipe, self._progress = packed.name, recipe, progress
-        self._model = DenseModel(PackedCheckpoint(storage, packed))
+        self._model = DenseModel(PackedCheckpoint(drive, packed))
 
     def shadow(self) -> bytes:
         """Low-bit gate, up and down rows; with text, rounded to fit it."""
@@ -79,7 +79,7 @@ class Builder:
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             rope_theta=self._model.rope_theta,
-            context=self._recipe.context,
+            context=min(self._recipe.context, self._model.positions_max),
         )
         return encode_rollout(
             self._name,

@@ -157,8 +157,9 @@ class Shadow:
 class Rollout:
     """The drive carries the hidden state forward through its own low-bit layers, and scores that.
 
-    Each state on its way has keys and values of its own kind: those of earlier tokens were made
-    from states carried just as far.
+    Of earlier tokens a layer keeps what the last command that passed it left: keys and values of
+    the freshest of the states on their way, which was behind the attention of the layer before, or,
+    in the last layers, of the last one that was sent.
     """
 
     def __init__(self, model: DenseModel, low: str, lookahead: int) -> None:
@@ -171,11 +172,11 @@ class Rollout:
         low, model = views.low[self._low], self._model
         if views.dense.number == 0 or self._lookahead == 0:
             self._on_the_way.append(hidden)
-        mixed = [model.mixed(low, state) for state in self._on_the_way]
-        self._attended = [
-            state + model.projected(low, values)
-            for state, values in zip(self._on_the_way, mixed, strict=True)
-        ]
+        states = list(self._on_the_way)
+        kept = states[self._freshest(views.dense.number)]
+        mixed = [model.mixed(low, state, kept) for state in states]
+        pairs = zip(states, mixed, strict=True)
+        self._attended = [state + model.projected(low, values) for state, values in pairs]
         self._mixed = mixed[0]
         self._on_the_way.clear()
 
@@ -187,16 +188,21 @@ class Rollout:
     def scores(
         self, views: LayerViews, attended: torch.Tensor, activity: torch.Tensor
     ) -> torch.Tensor:
-        low, model, states = views.low[self._low], self._model, self._attended
+        low, model, number = views.low[self._low], self._model, views.dense.number
+        states, self._attended = self._attended, []
         scores = unit_scores(model, low, states[0])
         if self._lookahead > 0:
-            number = views.dense.number
             done = number == 0 or number >= self._lookahead
             for state in [*states[done:], attended]:
                 x = model.ffn_input(low, state)
                 self._on_the_way.append(state + model.summed(low, model.activity(low, x)))
-        self._attended = []
         return scores
+
+    def _freshest(self, layer: int) -> int:
+        """Which of the states on their way passes a layer last, counted from the oldest."""
+        oldest = max(0, layer - self._lookahead)
+        last_sent = max(0, self._model.shape.layers - 1 - self._lookahead)
+        return max(0, min(layer - 1, last_sent) - oldest)
 
 
 def unit_scores(model: DenseModel, layer: DecoderLayer, attended: torch.Tensor) -> torch.Tensor:

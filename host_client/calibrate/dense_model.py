@@ -44,12 +44,18 @@ class DecoderLayer:
         return replace(self, **matrices)
 
 
-def _check_dense(checkpoint: Checkpoint) -> None:
-    if checkpoint.config.get("num_local_experts"):
+def knows(config: dict[str, Any]) -> bool:
+    """Whether a `DenseModel` has the arithmetic of this model."""
+    return config.get("model_type") == "llama"
+
+
+def _check_known(checkpoint: Checkpoint) -> None:
+    if not knows(checkpoint.config):
         raise UnsupportedModel(
-            f"{checkpoint.source} is a mixture of experts, and what measures text and fits "
-            "programs layer by layer knows dense models only. For mixtures `csd pack` counts "
-            "neurons in its own passes, and `csd predictor build` makes gate, shadow and frequency"
+            f"{checkpoint.source} is of the family {checkpoint.config.get('model_type')}: what "
+            "measures text and fits programs layer by layer knows dense LLaMA models only. "
+            "`csd pack` counts neurons in passes of its own, and `csd predictor build` makes "
+            "shadow and frequency, and gate for a mixture of experts"
         )
 
 
@@ -61,8 +67,8 @@ class DenseModel:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
         """Raises UnknownFamily, InvalidConfig or UnsupportedModel."""
-        _check_dense(checkpoint)
         find_family(checkpoint.config, checkpoint.source).check(checkpoint.config)
+        _check_known(checkpoint)
         self._checkpoint = checkpoint
         self.dtype = dtype
         self.shape: LlamaShape = llama_shape(checkpoint.config)
@@ -79,6 +85,11 @@ class DenseModel:
     @property
     def rope_theta(self) -> float:
         return float(self._config.rope_parameters["rope_theta"])
+
+    @property
+    def positions_max(self) -> int:
+        """Tokens of the longest text that the model was made for."""
+        return int(self._config.max_position_embeddings)
 
     @property
     def rope_is_plain(self) -> bool:
@@ -149,21 +160,32 @@ class DenseModel:
         pairs = zip(by_group, columns, strict=True)
         return torch.stack([self._product(*pair) for pair in pairs], -2)
 
-    def mixed(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
-        """The heads' values before the output projection: [windows, tokens, heads * head_dim]."""
-        x = self.normed(hidden, layer.attn_norm)
-        queries, keys, values = (
-            self._by_head(self._product(x, rows)) for rows in (layer.q, layer.k, layer.v)
-        )
+    def mixed(
+        self, layer: DecoderLayer, hidden: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The heads' values before the output projection: [windows, tokens, heads * head_dim].
+
+        kept: the states whose keys and values earlier tokens left, if they are others.
+        """
         cosines, sines = self._rotation(hidden.shape[1])
-        mixed = F.scaled_dot_product_attention(
-            _rotated(queries, cosines, sines),
-            _rotated(keys, cosines, sines),
-            values,
-            is_causal=True,
-            enable_gqa=True,
-        )
+        x = self.normed(hidden, layer.attn_norm)
+        queries = _rotated(self._by_head(self._product(x, layer.q)), cosines, sines)
+        keys, values = self._keys_values(layer, x)
+        if kept is None or kept is hidden:
+            mixed = F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, enable_gqa=True
+            )
+        else:
+            earlier = self._keys_values(layer, self.normed(kept, layer.attn_norm))
+            mixed = _attend_apart(queries, keys, values, *earlier)
         return mixed.transpose(1, 2).flatten(2)
+
+    def _keys_values(
+        self, layer: DecoderLayer, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated keys, and values, [windows, kv_heads, tokens, head_dim]."""
+        keys, values = (self._by_head(self._product(x, rows)) for rows in (layer.k, layer.v))
+        return _rotated(keys, *self._rotation(x.shape[1])), values
 
     def _rotation(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         embedding: Any = LlamaRotaryEmbedding(config=self._config)
@@ -185,3 +207,29 @@ def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> tor
     first, second = x.chunk(2, dim=-1)
     turned: torch.Tensor = x * cosines + torch.cat([-second, first], dim=-1) * sines
     return turned
+
+
+def _attend_apart(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    earlier_keys: torch.Tensor,
+    earlier_values: torch.Tensor,
+) -> torch.Tensor:
+    """Causal attention to a token's own key and value and to others' of earlier tokens.
+
+    All [windows, heads or kv_heads, tokens, head_dim].
+    """
+    shared = queries.shape[1] // keys.shape[1]
+    keys, values, earlier_keys, earlier_values = (
+        rows.repeat_interleave(shared, dim=1)
+        for rows in (keys, values, earlier_keys, earlier_values)
+    )
+    products = queries @ earlier_keys.transpose(2, 3)
+    products.diagonal(dim1=2, dim2=3).copy_((queries * keys).sum(-1))
+    later = torch.ones(products.shape[2:], dtype=torch.bool).triu(1)
+    products.div_(queries.shape[-1] ** 0.5).masked_fill_(later, -torch.inf)
+    weights = products.softmax(-1)
+    own = weights.diagonal(dim1=2, dim2=3)[..., None] * values
+    weights.diagonal(dim1=2, dim2=3).zero_()
+    return weights @ earlier_values + own

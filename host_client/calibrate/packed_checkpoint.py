@@ -12,18 +12,19 @@ import numpy as np
 import torch
 
 from csd_protocol.packed import PackedModel, Site
-from host_client.model.catalog import read_units
+from host_client.driver import Drive
 from host_client.model.checkpoint import Dtype
 from host_client.model.errors import MissingTensor
 from host_client.model.families import Piece, SiteShape, find_family
-from host_client.model.storage import BlockStorage
+from host_client.runtime.plain_reads import PlainReads
 
 
 class PackedCheckpoint:
     """A `Checkpoint` over the sites of a packed model."""
 
-    def __init__(self, storage: BlockStorage, packed: PackedModel) -> None:
-        self._storage, self._packed = storage, packed
+    def __init__(self, drive: Drive, packed: PackedModel) -> None:
+        """Raises DamagedRecord or CommandFailed when the model's CRC table cannot be read."""
+        self._reads, self._packed = PlainReads(drive, packed), packed
 
     @property
     def config(self) -> dict[str, Any]:
@@ -44,7 +45,7 @@ class PackedCheckpoint:
         return self._find(name)[2].shape
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a tensor, in the 16-bit type that it was packed in."""
+        """Rows of a tensor, in the 16-bit type that it was packed in. Raises UnitsLost."""
         site, shape, piece = self._find(name)
         first_row = _rows_before(shape, piece)
         # A row of a piece lies in one unit; a column tensor's rows lie across all units.
@@ -53,7 +54,7 @@ class PackedCheckpoint:
             first, last = start // piece.rows_per_unit, -(-stop // piece.rows_per_unit)
         if piece.shape == (shape.width,):
             first, last = 0, 1
-        units = read_units(self._storage, site, first, last)
+        units = self._reads.units(site, first, last)
         stacked = units.reshape(last - first, shape.stack_rows, shape.width)
         rows = stacked[:, first_row : first_row + piece.rows_per_unit].reshape(-1, shape.width)
         values = torch.from_numpy(rows.view(np.int16).copy()).view(self._dtype)

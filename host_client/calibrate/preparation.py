@@ -1,6 +1,7 @@
 """What follows packing: measure the neurons, then build and load the predictors."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -8,18 +9,18 @@ import numpy as np
 import torch
 
 from csd_protocol.packed import PackedModel
+from csd_protocol.status import Status
 from host_client.calibrate.builders import Builder, Recipe
 from host_client.calibrate.calibration import walk
-from host_client.calibrate.dense_model import DenseModel
+from host_client.calibrate.dense_model import DenseModel, knows
 from host_client.calibrate.gate_builder import build_gate
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.predictor import (
-    SHADOW_BITS,
     build_frequency,
-    build_shadow,
     load_predictor,
     read_down_norms,
 )
+from host_client.calibrate.shadow_builder import build_shadow
 from host_client.calibrate.statistics import measure_frequencies
 from host_client.calibrate.text import (
     CALIBRATION_WINDOW,
@@ -27,12 +28,19 @@ from host_client.calibrate.text import (
     default_text,
     token_windows,
 )
-from host_client.driver import Drive
-from host_client.model.catalog import read_frequencies, store_frequencies
+from host_client.driver import CommandFailed, Drive
+from host_client.model.catalog import open_model, read_frequencies, store_frequencies
+from host_client.model.errors import UnsupportedModel
 from host_client.runtime.causal_lm import CsdModelForCausalLM, runtime_of
+from host_client.runtime.guidance import Programs
 from host_client.runtime.refusals import NoPredictor
 
 CALIBRATION_TOKENS = 2048
+_NO_ROOM = (
+    Status.INSUFFICIENT_PROGRAM_RESOURCES,
+    Status.PROGRAM_TOO_BIG,
+    Status.DRAM_EXCEEDED,
+)
 
 Progress = Callable[[int, int], None]
 
@@ -94,7 +102,7 @@ def build_predictor(
     progress: Progress,
     recipe: Recipe | None = None,
 ) -> bytes:
-    """A program file of this kind; without a recipe the plain shadow that `csd pack` loads.
+    """A program file of this kind; without a recipe as `csd pack` loads it.
 
     Raises NoPredictor for `frequency` before calibration, UnsupportedModel for a model that the
     kind has no place for.
@@ -103,8 +111,8 @@ def build_predictor(
         return _frequency(drive, packed)
     if kind == Kind.GATE:
         return build_gate(drive, packed, progress)
-    if kind == Kind.SHADOW and (recipe is None or packed.experts):
-        return build_shadow(drive, packed, progress, recipe.bits if recipe else SHADOW_BITS)
+    if kind == Kind.SHADOW and not knows(packed.config):
+        return build_shadow(drive, packed, recipe or Recipe(), progress)
     builder = Builder(drive, packed, recipe or Recipe(), progress)
     with torch.inference_mode():
         made: bytes = getattr(builder, Kind(kind).value)()
@@ -121,10 +129,54 @@ def _frequency(drive: Drive, packed: PackedModel) -> bytes:
     return build_frequency(packed, counts)
 
 
-def load_predictors(drive: Drive, packed: PackedModel, progress: Progress) -> list[str]:
-    """Build and load every kind that can be built; the kinds."""
-    kinds = ["gate"] if packed.experts else []
-    kinds += ["shadow"] + (["frequency"] if packed.frequencies is not None else [])
-    for kind in kinds:
-        load_predictor(drive, packed, kind, build_predictor(drive, packed, kind, progress))
-    return kinds
+@dataclass(slots=True)
+class Loaded:
+    """Which kinds of program were loaded, and why others were not."""
+
+    kinds: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def load_predictors(drive: Drive, packed: PackedModel, progress: Progress) -> Loaded:
+    """Build and load what serves the model best; earlier programs of the same kinds go.
+
+    A rollout, or a shadow where the drive cannot hold that or the model has no place for it: both
+    choose and correct. And a frequency, where the neurons were counted. A mixture has a gate as
+    well, and no rollout.
+    """
+    loaded = Loaded()
+    if packed.experts:
+        _load_if_it_fits(drive, packed, Kind.GATE, progress, loaded)
+    for kind in (Kind.SHADOW,) if packed.experts else (Kind.ROLLOUT, Kind.SHADOW):
+        if _load_if_it_fits(drive, packed, kind, progress, loaded):
+            break
+    if packed.frequencies is not None:
+        _load_if_it_fits(drive, packed, Kind.FREQUENCY, progress, loaded)
+    return loaded
+
+
+def _load_if_it_fits(
+    drive: Drive, packed: PackedModel, kind: Kind, progress: Progress, loaded: Loaded
+) -> bool:
+    """Whether the drive can hold the program, and what it remembers of this host."""
+    try:
+        number = load_predictor(drive, packed, kind, build_predictor(drive, packed, kind, progress))
+    except UnsupportedModel as error:
+        loaded.skipped.append(f"{kind}: {error}")
+        return False
+    except CommandFailed as failed:
+        if failed.status not in _NO_ROOM:
+            raise
+        loaded.skipped.append(f"{kind}: {failed}")
+        return False
+    try:
+        model_id, _ = open_model(drive, packed.name)
+        Programs(drive, model_id, packed).meet(number)
+    except CommandFailed as failed:
+        drive.unload_program(number)
+        if failed.status not in _NO_ROOM:
+            raise
+        loaded.skipped.append(f"{kind}: {failed}")
+        return False
+    loaded.kinds.append(kind)
+    return True

@@ -103,12 +103,14 @@ def _prepare(drive: Drive, packed: PackedModel, source: Source, dram: str, token
         with progress_count("calibrating, tokens") as update:
             packed = calibrate(drive, packed, load_tokenizer(source), dram, update, tokens)
     loaded = {entry["kind"] for entry in drive.programs() if entry["model"] == packed.name}
-    if {"shadow", "frequency"} <= loaded:
+    if loaded & {"rollout", "shadow"} and "frequency" in loaded:
         out.print(f"predictors on the drive: {', '.join(sorted(loaded))}")
         return
     with progress_count("building predictors, layers") as update:
-        kinds = load_predictors(drive, packed, update)
-    out.print(f"loaded predictors: {', '.join(kinds)}")
+        predictors = load_predictors(drive, packed, update)
+    for reason in predictors.skipped:
+        out.print(f"skipped {reason}", soft_wrap=True, markup=False)
+    out.print(f"loaded predictors: {', '.join(predictors.kinds) or 'none'}")
 
 
 def generate(
@@ -116,8 +118,20 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to say to the model.")],
     dram: Dram = "45%",
     quality: Annotated[
-        str, typer.Option(help="exact, or the kept fraction of FFN neurons, like 0.5.")
+        str,
+        typer.Option(
+            help="exact, or the fraction of FFN neurons that is kept: 0.5, or 0.1+correct with the "
+            "drive's low-bit contribution for the others."
+        ),
     ] = "exact",
+    predictor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Which kind of program on the drive chooses what is kept. Default: the best there "
+            "is, rollout, then shadow, then frequency.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     raw: Annotated[
         bool, typer.Option("--raw", help="The prompt as it is, no chat template.")
@@ -152,6 +166,7 @@ def generate(
                 kept,
                 context=context or ids.shape[1] + max_new_tokens,
                 lookahead=lookahead,
+                predictor=predictor,
                 reader=reader,
                 audit=True,
                 progress=update,

@@ -142,6 +142,9 @@ def generation_table(report: "GenerationReport", plan: Plan) -> Table:
         ),
         ("host waited for the drive", f"{report.host_wait_s:.2f} s"),
     ]
+    if report.predictor is not None:
+        at = [name for name, _ in rows].index("predicted") + 1
+        rows.insert(at, ("corrected", _corrected(report)))
     if report.recovered_units:
         rows.append(("recovered", _recovered(report)))
     for name, value in rows:
@@ -164,11 +167,30 @@ def _predicted(report: "GenerationReport") -> str:
             f"experts, by the drive's {report.predictor}: {report.expert_recall:.0%} of those that "
             f"the routers chose were on their way before"
         )
-    recall = "not measured" if report.recall is None else f"{report.recall:.0%}"
-    return (
-        f"{report.quality} of the neurons kept by the drive's {report.predictor} program; recall "
-        f"{recall} of what the true input wanted"
+    text = (
+        f"{report.kept:.3g} of the neurons, chosen by the drive's {report.predictor} program, "
+        f"{_ahead(report)}; what is resident counts as well"
     )
+    if report.recall is not None and report.covered is not None:
+        text += (
+            f". Of what the true input wanted, {report.recall:.0%} were chosen and "
+            f"{report.covered:.0%} computed"
+        )
+    return text
+
+
+def _ahead(report: "GenerationReport") -> str:
+    if not report.lookahead:
+        return "asked with what enters the layer"
+    return f"asked {report.lookahead} layer{'s' if report.lookahead > 1 else ''} ahead"
+
+
+def _corrected(report: "GenerationReport") -> str:
+    if report.corrections:
+        return (
+            f"{report.corrections:,} times, a layer each: neurons left out, at a few bits a weight"
+        )
+    return "nothing: what was left out of an FFN counts for nothing"
 
 
 def _by_role(packed: PackedModel, plan: Plan) -> dict[Role, tuple[int, int]]:

@@ -345,7 +345,21 @@ def values_of(completion: pb.CompletionEntry) -> F32:
 
 def staged_of(completion: pb.CompletionEntry) -> Staged:
     sites = tuple(_staged_site(site) for site in completion.stage.sites)
-    return Staged(sites, _timing(completion.timing))
+    return Staged(sites, timing_of(completion))
+
+
+def timing_of(completion: pb.CompletionEntry) -> Timing:
+    timing = completion.timing
+    return Timing(
+        submitted_ns=timing.submitted_ns,
+        done_ns=timing.done_ns,
+        queue_ns=timing.queue_ns,
+        program_ns=timing.program_ns,
+        nand_ns=timing.nand_ns,
+        dram_ns=timing.dram_ns,
+        link_ns=timing.link_ns,
+        late_ns=timing.late_ns,
+    )
 
 
 def leases_of(completion: pb.CompletionEntry) -> list[int]:
@@ -374,16 +388,3 @@ def _staged_site(site: pb.StagedSite) -> StagedSite:
 
 def _units(data: bytes) -> npt.NDArray[np.uint32]:
     return np.frombuffer(data, np.dtype("<u4"))
-
-
-def _timing(timing: pb.Timing) -> Timing:
-    return Timing(
-        submitted_ns=timing.submitted_ns,
-        done_ns=timing.done_ns,
-        queue_ns=timing.queue_ns,
-        program_ns=timing.program_ns,
-        nand_ns=timing.nand_ns,
-        dram_ns=timing.dram_ns,
-        link_ns=timing.link_ns,
-        late_ns=timing.late_ns,
-    )

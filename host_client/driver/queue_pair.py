@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from csd_protocol.csd.v1 import csd_pb2 as pb
 from csd_protocol.status import Status, lookup
 from host_client.driver import entries
+from host_client.driver.commands import Timing
 from host_client.driver.entries import Command
 from host_client.driver.errors import DriveError, DriveLost, DriveTimeout, QueueFull
 from host_client.driver.link import Link
@@ -75,6 +76,12 @@ class PendingCommand(Generic[T]):
         if failed is not None:
             raise failed
         return self._interpret(self._outcome)
+
+    @property
+    def timing(self) -> Timing:
+        """Where its modelled time went, once `result` was had."""
+        assert isinstance(self._outcome, pb.CompletionEntry)
+        return entries.timing_of(self._outcome)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits for the completion, and leaves the command in flight when it does not come."""

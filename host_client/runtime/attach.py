@@ -24,6 +24,7 @@ from host_client.runtime.layers import (
     StagedHead,
     StagedProjection,
 )
+from host_client.runtime.notes import Place
 from host_client.runtime.staged_experts import StagedExperts
 
 ATTACHABLE = ("llama", "mixtral")
@@ -83,12 +84,30 @@ def _entry_hook(number: int, engine: Engine) -> Any:
     def enter(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         hidden: torch.Tensor = arguments[0] if arguments else keywords["hidden_states"]
         if number == 0:
-            cache = keywords.get("past_key_values")
-            cached = int(cache.get_seq_length()) if cache is not None else 0
-            engine.locate(cached, hidden.shape[0] * (cached + hidden.shape[1]))
+            engine.locate(_place(hidden, keywords))
         engine.enter(number, _rows(hidden))
 
     return enter
+
+
+def _place(hidden: torch.Tensor, keywords: dict[str, Any]) -> Place:
+    """Where a pass over hidden [texts, rows, hidden] stands, as transformers tells its layers.
+
+    Padding lies before the first token, and the last row's position counts tokens only.
+    """
+    texts, rows = hidden.shape[:2]
+    cache = keywords.get("past_key_values")
+    cached = int(cache.get_seq_length()) if cache is not None else 0
+    first = int(keywords["position_ids"][0, -1]) + 1 - rows
+    padding = max(0, -first) if texts == 1 else 0
+    return Place(
+        cache=cache,
+        position=max(0, first),
+        tokens=rows - padding,
+        texts=texts,
+        padding=padding,
+        cached_tokens=texts * (cached + rows),
+    )
 
 
 def _attended_hook(number: int, engine: Engine) -> Any:

@@ -27,7 +27,7 @@ from host_client.runtime.engine import Engine, steps_room_bytes
 from host_client.runtime.experts import Experts
 from host_client.runtime.fetch import Fetcher
 from host_client.runtime.gating import Gating, choose_gating
-from host_client.runtime.guidance import Guidance, choose_guidance
+from host_client.runtime.guidance import Guidance, Programs, choose_guidance
 from host_client.runtime.layers import StagedFfn
 from host_client.runtime.plan import BUFFERS, Plan, make_plan, parse_budget
 from host_client.runtime.prefetch import Prefetcher
@@ -63,6 +63,13 @@ class CsdRuntime:
             return self.gating.predictor
         return self.guidance.near.kind if self.guidance is not None else None
 
+    @property
+    def lookahead(self) -> int | None:
+        """Layers ahead that it is asked; None where none is."""
+        if self.gating is not None and self.gating.gate is not None:
+            return 1
+        return self.guidance.near.lookahead if self.guidance is not None else None
+
     def close(self) -> None:
         """Stop prefetching, give leases back; end the drive when it was opened for this model."""
         self.owned.close()
@@ -80,6 +87,7 @@ class CsdModelForCausalLM:
         *,
         context: int = CONTEXT_DEFAULT,
         lookahead: int = LOOKAHEAD_DEFAULT,
+        predictor: str | None = None,
         reader: ReaderKind = "auto",
         audit: bool = False,
         progress: Progress | None = None,
@@ -89,9 +97,10 @@ class CsdModelForCausalLM:
         model: a folder, a .gguf file, `smollm2-135m`, or the name it has on the drive.
         drive: an open `Drive`, an address, or None for an embedded one.
         dram: host memory for weights, staging buffers and KV cache: `5GiB`, bytes or `45%`.
-        quality: `exact`, or what is kept in decode, like 0.5; see `Quality`.
+        quality: `exact`, or what is kept in decode, like 0.5 or 0.1+correct; see `Quality`.
         context: tokens that the KV cache has room for.
         lookahead: how many layers ahead the drive's program is asked (kept fraction only).
+        predictor: kind of the program that chooses; None: the best that is active.
         audit: measure recall in decode (kept fraction only; stages one layer's rest a token).
 
         The result's `csd` is a `CsdRuntime`; close it when done. Raises ModelError, DriveError,
@@ -106,7 +115,7 @@ class CsdModelForCausalLM:
         with ExitStack() as undo:
             opened = _open_drive(drive, undo)
             name = name_on_drive(model)
-            settings = _Settings(parsed, context, lookahead, reader)
+            settings = _Settings(parsed, context, lookahead, predictor, reader)
             runtime = _start(opened, name, dram, settings, progress or _silent, undo)
             made = skeleton(runtime.packed)
             attach(made, runtime.engine)
@@ -122,6 +131,7 @@ class _Settings:
     quality: Quality
     context: int
     lookahead: int
+    predictor: str | None
     reader: ReaderKind
 
 
@@ -151,9 +161,12 @@ def _start(
     plan = make_plan(packed, parse_budget(dram, packed), settings.context, frequencies)
     guidance = gating = None
     if packed.experts:
-        gating = choose_gating(drive, packed, settings.quality)
+        gating = choose_gating(drive, packed, settings.quality, settings.predictor)
     else:
-        guidance = choose_guidance(drive, packed, settings.quality, settings.lookahead)
+        programs = Programs(drive, model_id, packed)
+        guidance = choose_guidance(
+            programs, name, settings.quality, settings.lookahead, settings.predictor
+        )
     tally = Tally()
     readers = [
         undo.enter_context(WindowReader(lambda: open_reader(drive.window_path, settings.reader)))

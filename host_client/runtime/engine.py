@@ -19,13 +19,14 @@ import torch
 
 from csd_protocol.packed import PackedModel, Role, Site
 from csd_protocol.units import format_size
-from host_client.driver import Drive
+from host_client.driver import Drive, PendingCommand
 from host_client.driver.commands import Origin
 from host_client.io import Buffer
 from host_client.runtime.experts import Experts
 from host_client.runtime.fetch import WINDOW_SHARE, Fetcher
 from host_client.runtime.guidance import Guidance
 from host_client.runtime.kernels import NARROW_ROWS
+from host_client.runtime.notes import Notes, Place, Text
 from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
 from host_client.runtime.quality import Quality
@@ -86,7 +87,6 @@ class Engine:
         self.resident, self.quality, self.tally = resident, quality, tally
         self.bf16 = model.dtype == "bfloat16"
         self.head = head_site(model)
-        self.position = 0  # of the running pass's row 0, in its text
         self._fetcher, self._prefetcher = fetcher, prefetcher
         self._guidance = guidance
         self.experts = experts  # of a mixture
@@ -94,6 +94,9 @@ class Engine:
         self._fetch_buffer = Buffer(plan.fetch_buffer_bytes)
         self._steps = self._steps_of(guided=False)
         self._guided_steps = self._steps_of(guided=True)
+        self._notes = self._notes_for(guidance)
+        self._place, self._text = Place(), Text()
+        self._token = 0  # the position of the pass's first token, as programs count
         self._layers = model.layer_count
         self._ahead = _steps_ahead(steps_room_bytes(drive, model), self._steps)
         self._next = 0  # the step to request next
@@ -130,22 +133,30 @@ class Engine:
         if self.drive.told_by(self.model_id) is not self:
             told = residency_of(self.resident.values())
             self.drive.set_residency(self.model_id, told, teller=self)
+            self._text.forget()  # the other one may have told its own
 
-    def locate(self, position: int, tokens: int) -> None:
-        """The pass starts at `position`, and the KV cache will hold `tokens` in all its rows.
-
-        Raises ContextExceeded.
-        """
-        self.position = position
-        if tokens > self.plan.context:
+    def locate(self, place: Place) -> None:
+        """Where the pass that has begun stands. Raises ContextExceeded."""
+        self._place = place
+        if place.cached_tokens > self.plan.context:
             raise ContextExceeded(
-                f"{tokens} tokens in the KV cache; the plan made room for {self.plan.context}. "
-                f"Pass a larger context (--context, or context= of from_pretrained)"
+                f"{place.cached_tokens} tokens in the KV cache; the plan made room for "
+                f"{self.plan.context}. Pass a larger context (--context, or context= of "
+                f"from_pretrained)"
             )
+        if self._guided or self._takes_note:
+            self._token = self._text.go_on(place)
+
+    @property
+    def position(self) -> int:
+        """Of the running pass's first token, in its text."""
+        return self._place.position
 
     def enter(self, layer: int, hidden: F32) -> None:
         """The hidden state [rows, hidden] enters `layer`: request it, unless that was done."""
         self._release_current()
+        if self._takes_note and self._notes is not None:
+            self._notes.send(layer, self._token, hidden[self._place.padding :])
         self._request_guided(Origin(layer), hidden)
         if self.experts is not None:
             self.experts.enter(layer, self.position, hidden)
@@ -164,6 +175,8 @@ class Engine:
         """The layer's FFN is computed: its buffer is free."""
         self._arrived(layer)
         self._release_current()
+        if layer == self._layers - 1 and self._notes is not None:
+            self._notes.settle()
         self._pump()
 
     def head_slices(self) -> Iterator[tuple[U32, U16]]:
@@ -183,6 +196,41 @@ class Engine:
         if self.experts is not None:
             self.experts.drop()
         self._threads.restore()
+
+    # ---- what was left out -------------------------------------------------------------------
+
+    @property
+    def corrects(self) -> bool:
+        """Whether what the running pass leaves out of an FFN counts with the drive's low bits."""
+        return self._guided and self.quality.corrected
+
+    def correct(self, site: Site, x: F32) -> Callable[[], F32] | None:
+        """Ask the drive for what the units of an FFN add that are not here, by its own input.
+
+        x: float32 [rows, hidden]. Waits for what is staged; calling the result waits for the
+        answer, of the same shape. None: nothing is left out.
+        """
+        assert self._guidance is not None
+        assert self._guidance.corrector is not None
+        block = self.block(site)
+        if block is None:
+            return None
+        computed = self.resident[site.site].held
+        computed[block.units] = True
+        units = np.flatnonzero(computed).astype(np.uint32)
+        if units.size == site.count:
+            return None
+        corrector = self._guidance.corrector
+        pending = self.drive.correct(corrector, self.model_id, site.layer, x, units)
+        return lambda: self._corrected(pending)
+
+    def _corrected(self, pending: PendingCommand[F32]) -> F32:
+        started_ns = self._now_ns()
+        values = pending.result()
+        self.tally.wait_ns += self._now_ns() - started_ns
+        self.tally.corrections += 1
+        self.tally.add_run(pending.timing)
+        return values
 
     # ---- units by name -----------------------------------------------------------------------
 
@@ -247,6 +295,18 @@ class Engine:
         """Whether the running pass lets the program choose."""
         return self._guided
 
+    @property
+    def _takes_note(self) -> bool:
+        """Whether a program is told of the running sweep, since it is of one text."""
+        return self._notes is not None and not self._guided and self._place.texts == 1
+
+    def _notes_for(self, guidance: Guidance | None) -> Notes | None:
+        """For a program that remembers texts, if it is going to be asked at all."""
+        is_asked = any(wanted.keep < 1.0 for step in self._guided_steps for wanted in step.wanted)
+        if guidance is None or not guidance.takes_notes or not is_asked:
+            return None
+        return Notes(self.drive, self.model_id, guidance.near.program, self.tally)
+
     def kept_of(self, site: Site) -> float:
         """The fraction of a site's units that a guided pass needs; 1: all of them."""
         if site.role is Role.FFN:
@@ -260,7 +320,7 @@ class Engine:
         assert self._guidance is not None
         due = min(self._guidance.last_asked(origin), self._layers - 1)
         if self._next <= due:
-            ask = self._guidance.ask(self.position, hidden, origin)
+            ask = self._guidance.ask(self._token, hidden, origin)
             self._prefetcher.request(self._guided_steps[self._next : due + 1], ask)
             self._next = due + 1
         self._pump()
@@ -309,6 +369,8 @@ class Engine:
     def _drop(self) -> None:
         self._release_current()
         self._prefetcher.drain()
+        if self._notes is not None:
+            self._notes.drop()
         self._next = 0
 
 

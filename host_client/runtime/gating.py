@@ -33,12 +33,19 @@ class Gating:
         return "+".join(self.kinds) or None
 
 
-def choose_gating(drive: Drive, packed: PackedModel, quality: Quality) -> Gating:
+def choose_gating(
+    drive: Drive, packed: PackedModel, quality: Quality, predictor: str | None = None
+) -> Gating:
     """The active programs that a mixture of this quality makes use of.
 
     Raises NoPredictor for a kept fraction without any, RequestRefused for a quality that mixtures
-    do not have.
+    do not have, or a `predictor` by name.
     """
+    if predictor is not None:
+        raise RequestRefused(
+            f"predictor {predictor}: {packed.name} is a mixture of experts, which takes a gate and "
+            f"a program within its experts as they are loaded. Leave the predictor out"
+        )
     if quality.corrected or quality.heads < 1.0:
         raise RequestRefused(
             f"quality {quality}: {packed.name} is a mixture of experts, and neither corrections "

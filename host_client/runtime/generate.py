@@ -38,6 +38,9 @@ class GenerationReport(BaseModel):
     model: str
     quality: str
     predictor: str | None
+    lookahead: int | None
+    kept: float
+    corrections: int
     text: str
     token_ids: list[int]
     prompt_tokens: int
@@ -138,6 +141,9 @@ def generate(
         model=runtime.packed.name,
         quality=str(runtime.engine.quality),
         predictor=runtime.predictor,
+        lookahead=runtime.lookahead,
+        kept=runtime.engine.quality.kept,
+        corrections=whole.corrections,
         text=str(tokenizer.decode(new_ids, skip_special_tokens=True)),
         token_ids=new_ids,
         prompt_tokens=ids.shape[1],

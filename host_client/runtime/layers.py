@@ -121,6 +121,7 @@ class StagedFfn(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         engine, flat = self._engine, _flat(x)
         out = np.zeros_like(flat)
+        correction = engine.correct(self._site, flat) if engine.corrects else None
         entry = engine.resident[self._site.site]
         if entry.units.size:  # whatever was chosen, and while that is still on its way
             self._add(flat, out, entry.units, entry.values)
@@ -132,6 +133,8 @@ class StagedFfn(nn.Module):
                 self._add(flat, out, units, values)
         elif self.auditor is not None and block is not None:
             self.auditor(self._site, flat, block)
+        if correction is not None:
+            out += correction()
         engine.leave(self._layer)
         return _like(x, out)
 

@@ -46,13 +46,18 @@ class PlainReads:
 
         Raises UnitsLost.
         """
-        values, bad = self._read(site, 0, 0, site.count)
+        return self.units(site, 0, site.count)
+
+    def units(self, site: Site, start: int, stop: int) -> U16:
+        """Units [start, stop) of a site [stop - start, rows, cols]; as `site_units`."""
+        values, bad = self._read(site, 0, start, stop)
         for copy in range(1, self._model.copies):
-            for unit in np.flatnonzero(bad):
-                again, still = self._read(site, copy, int(unit), int(unit) + 1)
-                values[unit], bad[unit] = again[0], still[0]
+            for row in np.flatnonzero(bad):
+                unit = start + int(row)
+                again, still = self._read(site, copy, unit, unit + 1)
+                values[row], bad[row] = again[0], still[0]
         if bad.any():
-            lost = np.flatnonzero(bad).astype(np.uint32)
+            lost = (start + np.flatnonzero(bad)).astype(np.uint32)
             raise UnitsLost(self._model, {site: lost}, _unlike(site))
         return values
 

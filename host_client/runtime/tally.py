@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from host_client.driver import Staged
+from host_client.driver import Staged, Timing
 
 
 @dataclass(slots=True)
@@ -21,6 +21,7 @@ class Tally:
     dram_ns: int = 0
     link_ns: int = 0
     predicted_units: int = 0
+    corrections: int = 0  # of one layer each: what the units left out add, in the drive's low bits
     late_units: int = 0  # staged after the true input showed that they were missing
     wanted_units: int = 0  # audited: what the true input wanted
     wanted_in_time: int = 0  # audited: of those, what prediction had chosen
@@ -39,7 +40,14 @@ class Tally:
             self.units_from_copies += site.units_from_copies
             if site.predicted is not None:
                 self.predicted_units += int(site.predicted.size)
-        timing = staged.timing
+        self._add_timing(staged.timing)
+
+    def add_run(self, timing: Timing) -> None:
+        """A command that ran a program and staged nothing."""
+        self.commands += 1
+        self._add_timing(timing)
+
+    def _add_timing(self, timing: Timing) -> None:
         self.queue_ns += timing.queue_ns
         self.program_ns += timing.program_ns
         self.nand_ns += timing.nand_ns

@@ -300,15 +300,26 @@ class RolloutReference:
             state = ffn.after(state)
         return scores
 
+    def remember(self, layer: int, first: int, state: np.ndarray) -> None:
+        """Keys and values of states that entered a layer; what it had behind them is gone."""
+        attention = self.attention[layer]
+        attention.kept = {p: kept for p, kept in attention.kept.items() if p < first}
+        early = max(0, state.shape[0] - SHAPE.context)
+        projected = self._projected(layer, state[early:].astype(np.float64))
+        attention.attend(first + early, *projected)
+
     def _attend(self, number: int, first: int, state: np.ndarray) -> np.ndarray:
-        weights, bits = attention_layer(number), self.bits
+        attended = self.attention[number].attend(first, *self._projected(number, state))
+        return state + attended @ low_bit(attention_layer(number).o, self.bits).T
+
+    def _projected(self, number: int, state: np.ndarray) -> tuple[np.ndarray, ...]:
+        weights = attention_layer(number)
         inputs = rms_norm(state, weights.norm) / weights.channel_scale
         q, k, v = (
-            inputs @ low_bit(rows, bits, weights.channel_scale).T
+            inputs @ low_bit(rows, self.bits, weights.channel_scale).T
             for rows in (weights.q, weights.k, weights.v)
         )
-        attended = self.attention[number].attend(first, q, k + weights.k_bias, v)
-        return state + attended @ low_bit(weights.o, bits).T
+        return q, k + weights.k_bias, v
 
 
 class FarsightReference:

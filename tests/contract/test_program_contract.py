@@ -7,6 +7,7 @@ goes through the same door as what is not: the drive refuses it with a status an
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ from program_samples import (
 from safetensors.numpy import load, save
 
 from csd_device.clock import TimeMode, VirtualClock
-from csd_device.compute import CostModel, Origin, Program, ProgramInput, load_program
+from csd_device.compute import Cost, CostModel, Origin, Program, ProgramInput, load_program
 from csd_device.config import load_config
 from csd_device.drive import Drive as DeviceDrive
 from csd_device.errors import CommandError
@@ -211,6 +212,74 @@ def test_a_rollout_carries_states_through_its_layers(bits: int) -> None:
         expected = reference.scores(layer, behind, first, hidden)
         for number in sorted(expected, reverse=at % 2 == 0):
             assert_close(run.score(number)[0], expected[number])
+
+
+def note(program: Program, memory: Any, layer: int, first: int, hidden: np.ndarray) -> Cost:
+    origin = Origin(layer, behind_attention=False)
+    return program.begin(ProgramInput(hidden, first, origin), memory).remember(layer)
+
+
+# A prompt in parts, layer after layer; shorter and longer than the context of 6.
+PROMPTS = [[(0, 4)], [(0, 3), (3, 2)], [(0, 4), (4, 4), (8, 1)], [(0, 9)]]
+
+
+@pytest.mark.parametrize("parts", PROMPTS)
+def test_a_rollout_takes_note_of_a_prompt_and_goes_on_behind_it(parts: list) -> None:
+    program, reference = loaded(rollout_file()), RolloutReference(4)
+    memory = program.new_memory()
+    for text in range(2):  # the second one takes the place of the first
+        for layer in range(LAYERS):
+            for first, rows in parts:
+                hidden = random(layer + 100 * first + text, rows, HIDDEN)
+                cost = note(program, memory, layer, first, hidden)
+                reference.remember(layer, first, hidden)
+                assert cost.ops == 2 * rows * HIDDEN * 2 * SHAPE.kv_heads * SHAPE.head_dim
+        at = sum(parts[-1])
+        for position in (at, at + 1, at):
+            hidden = random(7 + position, 1, HIDDEN)
+            given = ProgramInput(hidden, position, Origin(0, behind_attention=True))
+            if position == at:
+                for attention in reference.attention:
+                    attention.kept = {p: kept for p, kept in attention.kept.items() if p < at}
+            expected = reference.scores(0, True, position, hidden)
+            assert_close(program.begin(given, memory).score(LAYERS - 1)[0], expected[LAYERS - 1])
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_taking_note_of_states_from_further_back_rolls_them_forward(behind: bool) -> None:
+    program, reference = loaded(rollout_file()), RolloutReference(4)
+    memory, hidden = program.new_memory(), random(1, 3, HIDDEN)
+    run = program.begin(ProgramInput(hidden, 0, Origin(0, behind)), memory)
+    run.remember(LAYERS - 1)
+    expected = reference.scores(0, behind, 0, hidden)
+    assert_close(run.score(LAYERS - 1)[0], expected[LAYERS - 1])
+    hidden = random(2, 1, HIDDEN)
+    again = program.begin(ProgramInput(hidden, 3, Origin(0, behind)), memory)
+    expected = reference.scores(0, behind, 3, hidden)
+    assert_close(again.score(LAYERS - 1)[0], expected[LAYERS - 1])
+
+
+def test_a_farsight_takes_note_as_it_scores() -> None:
+    program = loaded(file_of("farsight"))
+    noted, scored = program.new_memory(), program.new_memory()
+    hidden, further = random(1, 4, HIDDEN), random(2, 1, HIDDEN)
+    program.begin(ProgramInput(hidden), noted).remember(0)
+    program.begin(ProgramInput(hidden), scored).score(0)
+    given = ProgramInput(further, 4)
+    np.testing.assert_array_equal(
+        program.begin(given, noted).score(1)[0], program.begin(given, scored).score(1)[0]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_layers_that_there_are_can_be_taken_note_of(kind: str) -> None:
+    program = loaded(file_of(kind))
+    given = ProgramInput(input_of(kind), origin=ENTERED_0)
+    run = program.begin(given, program.new_memory())
+    assert (run.remember(0).ops > 0) == (kind in ("rollout", "farsight"))
+    with pytest.raises(CommandError) as caught:
+        run.remember(LAYERS)
+    assert caught.value.status is Status.INVALID_FIELD
 
 
 @pytest.mark.parametrize("kind", ["rollout", "farsight"])

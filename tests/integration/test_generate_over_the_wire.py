@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from csd_protocol import opcodes
 from host_client import CsdModelForCausalLM, Drive
-from host_client.calibrate.predictor import build_shadow, load_predictor
+from host_client.calibrate.predictor import load_predictor
+from host_client.calibrate.preparation import build_predictor
 from host_client.model.catalog import list_models, remove_model
 from host_client.model.formats import open_checkpoint
 from host_client.model.packer import pack
@@ -55,7 +56,9 @@ def packed(drive_address: str, folder: Path):
     with Drive.connect(drive_address) as drive:
         with open_checkpoint(source) as checkpoint:
             model = pack(checkpoint, drive, source.name)
-        program = load_predictor(drive, model, "shadow", build_shadow(drive, model, ignore))
+        program = load_predictor(
+            drive, model, "shadow", build_predictor(drive, model, "shadow", ignore)
+        )
         yield model
         drive.unload_program(program)
         remove_model(drive, model.name)

@@ -11,7 +11,12 @@ import torch
 from csd_protocol.packed import Role
 from csd_protocol.program_file import encode_frequency
 from host_client.calibrate.predictor import build_frequency, load_predictor, read_down_norms
-from host_client.calibrate.preparation import build_predictor, calibrate, load_predictors
+from host_client.calibrate.preparation import (
+    Loaded,
+    build_predictor,
+    calibrate,
+    load_predictors,
+)
 from host_client.calibrate.quality import perplexity_in_windows, perplexity_token_by_token
 from host_client.calibrate.statistics import WANTED_SHARE, measure_frequencies
 from host_client.calibrate.text import Split, default_text, token_windows
@@ -188,19 +193,44 @@ def test_loading_predictors_replaces_earlier_ones_and_no_others(make_lab) -> Non
         return {tuple(entry[key] for key in keys) for entry in lab.drive.programs()}
 
     others = loaded()
-    assert load_predictors(lab.drive, packed, silent) == ["shadow"]
-    assert loaded() == others | {(0, "shadow", NAME, True)}
+    assert load_predictors(lab.drive, packed, silent) == Loaded(["rollout"])
+    assert loaded() == others | {(0, "rollout", NAME, True)}
     with pytest.raises(NoPredictor, match="never counted"):
         build_predictor(lab.drive, packed, "frequency", silent)
     counts = np.ones((LAYERS, NEURONS), np.uint32)
     packed = store_frequencies(lab.drive, NAME, counts, 1)
     for _ in range(2):
-        assert load_predictors(lab.drive, packed, silent) == ["shadow", "frequency"]
+        assert load_predictors(lab.drive, packed, silent).kinds == ["rollout", "frequency"]
         assert {entry[1:] for entry in loaded() - others} == {
-            ("shadow", NAME, True),
+            ("rollout", NAME, True),
             ("frequency", NAME, True),
         }
         assert others < loaded()
+
+
+@pytest.mark.parametrize(
+    "free_bytes, kinds, skipped",
+    [
+        (400_000, ["rollout", "frequency"], []),
+        (150_000, ["shadow", "frequency"], ["rollout"]),
+        (20_000, ["frequency"], ["rollout", "shadow"]),
+        (500, [], ["rollout", "shadow", "frequency"]),
+    ],
+)
+def test_what_the_drive_cannot_hold_is_skipped_with_a_word(
+    make_lab, free_bytes: int, kinds: list[str], skipped: list[str]
+) -> None:
+    """A rollout takes most, a text's keys and values with it; then a shadow; then counts."""
+    lab = make_lab()
+    lab.packed(NAME)
+    counts = np.ones((LAYERS, NEURONS), np.uint32)
+    packed = store_frequencies(lab.drive, NAME, counts, 1)
+    arena = lab.device._controller.arena
+    arena.allot("taken", arena.free_bytes - free_bytes)
+    loaded = load_predictors(lab.drive, packed, silent)
+    assert loaded.kinds == kinds == [entry["kind"] for entry in lab.drive.programs()]
+    assert [reason.partition(":")[0] for reason in loaded.skipped] == skipped
+    assert all("DRAM" in reason for reason in loaded.skipped)
 
 
 def test_perplexities_agree_at_exact_quality(lab, windows) -> None:

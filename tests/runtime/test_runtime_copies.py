@@ -12,7 +12,8 @@ from csd_device.ftl import Ftl
 from csd_device.nand.media import Media
 from csd_device.nand.passing import PassingMedia
 from csd_protocol.packed import PackedModel, Role
-from host_client.calibrate.predictor import build_shadow, read_down_norms
+from host_client.calibrate.predictor import read_down_norms
+from host_client.calibrate.preparation import build_predictor
 from host_client.cli import reports
 from host_client.runtime.copies import UnitsLost
 from host_client.runtime.plain_reads import PlainReads
@@ -181,7 +182,9 @@ def test_a_kept_fraction_is_the_same_with_lost_units(
 ) -> None:
     lab = make_lab(copies=2)
     _, packed = lab.packed(NAME)
-    lab.drive.load_program(0, build_shadow(lab.drive, packed, lambda done, total: None))
+    lab.drive.load_program(
+        0, build_predictor(lab.drive, packed, "shadow", lambda done, total: None)
+    )
     ids = tokens_of(lab, NAME, 5)
     model = lab.open(NAME, lab.budget(NAME, 0.2), 0.5)
     expected = greedy(model, ids)

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from csd_protocol.packed import Role
 from csd_protocol.program_file import encode_frequency
-from host_client.calibrate.predictor import build_shadow
+from host_client.calibrate.preparation import build_predictor
 from host_client.driver import CommandFailed
 from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import InvalidQuality, NoPredictor
@@ -30,7 +30,7 @@ def load(lab: Any, kind: str, seed: int = 0) -> None:
     """A shadow made of the weights, or a frequency program with any counts at all."""
     _, packed = lab.packed(NAME)
     if kind == "shadow":
-        data = build_shadow(lab.drive, packed, lambda done, total: None)
+        data = build_predictor(lab.drive, packed, "shadow", lambda done, total: None)
     else:
         rng = np.random.default_rng(seed)
         counts = {layer: rng.integers(0, 1000, NEURONS) for layer in range(LAYERS)}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from csd_protocol.low_bit import LowBitRows
-from csd_protocol.program_file import encode_shadow
+from csd_protocol.packed import Role
+from csd_protocol.program_file import AttentionShape, encode_rollout, encode_shadow
 from host_client.calibrate.calibration import carrying_map, walk
 from host_client.calibrate.choosers import (
     AT_FFN,
@@ -27,6 +28,7 @@ from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.quality import perplexity_token_by_token
 from host_client.model.errors import MissingTensor
 from host_client.model.safetensors_folder import SafetensorsFolder
+from host_client.runtime.quality import Quality
 
 NAME = "tied"
 WINDOWS, TOKENS = 3, 12
@@ -91,19 +93,24 @@ def test_keeping_everything_loses_nothing(open_dense, windows) -> None:
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
-def test_a_shadow_costs_in_the_lab_what_it_costs_through_the_drive(
-    lab, open_dense, windows, lookahead: int
+@pytest.mark.parametrize("correction", [None, "low"])
+@pytest.mark.parametrize("chooser, file_of", [(Shadow, "shadow_file"), (Rollout, "rollout_file")])
+def test_a_program_costs_in_the_lab_what_it_costs_through_the_drive(
+    lab, open_dense, windows, chooser, file_of, correction, lookahead: int
 ) -> None:
-    model, views = open_dense(NAME), None
-    views = views_of(model)
-    chooser = Setting("shadow", lambda: Shadow(model, "low", lookahead), kept(model, 0.5))
-    (outcome,) = Lab(model, views, windows).measure([chooser]).outcomes
-    lab.drive.load_program(5, shadow_file(model))
-    runtime = lab.open(NAME, lab.budget(NAME, 0.0), 0.5, lookahead=lookahead)
+    model, share = open_dense(NAME), 0.5 if correction is None else 0.2
+    setting = Setting(
+        "", lambda: chooser(model, "low", lookahead), kept(model, share), correction=correction
+    )
+    (outcome,) = Lab(model, views_of(model), windows).measure([setting]).outcomes
+    lab.drive.load_program(5, globals()[file_of](model))
+    quality = Quality(share, corrected=correction is not None)
+    runtime = lab.open(NAME, lab.budget(NAME, 0.0), quality, lookahead=lookahead)
+    assert not runtime.csd.plan.resident_units[runtime.csd.packed.find(Role.FFN, 0).site]
     split = [window[None] for window in windows]
     through_drive = perplexity_token_by_token(runtime, split, lambda done, total: None)
     assert outcome.perplexity == pytest.approx(through_drive, rel=1e-3)
-    assert abs(outcome.against_dense) > 0.01
+    assert abs(outcome.against_dense) > (0.01 if correction is None else 0.002)
 
 
 def shadow_file(model: DenseModel) -> bytes:
@@ -113,6 +120,20 @@ def shadow_file(model: DenseModel) -> bytes:
         for number in range(model.shape.layers)
     }
     return encode_shadow(NAME, layers, bits=BITS, group=group, rms_eps=model.rms_eps)
+
+
+def rollout_file(model: DenseModel) -> bytes:
+    shape = model.shape
+    group = group_of(shape.hidden, shape.heads * shape.head_dim)
+    layers = {number: round_layer(model.layer(number), BITS, group) for number in range(4)}
+    attention = AttentionShape(
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        rope_theta=model.rope_theta,
+        context=2 * TOKENS,
+    )
+    return encode_rollout(NAME, layers, attention, bits=BITS, group=group, rms_eps=model.rms_eps)
 
 
 def test_better_informed_choosers_choose_better(open_dense, windows) -> None:

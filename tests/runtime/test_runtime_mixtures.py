@@ -12,9 +12,11 @@ from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
 from csd_protocol.packed import Role
 from csd_protocol.program_file import encode_frequency
 from csd_protocol.units import KIB, MIB
+from host_client.calibrate.builders import Recipe
 from host_client.calibrate.gate_builder import build_gate
-from host_client.calibrate.predictor import build_shadow, load_predictor, read_down_norms
+from host_client.calibrate.predictor import load_predictor, read_down_norms
 from host_client.calibrate.preparation import build_predictor, load_predictors, recalibrate
+from host_client.calibrate.shadow_builder import build_shadow
 from host_client.calibrate.statistics import measure_frequencies
 from host_client.model.catalog import store_frequencies
 from host_client.model.errors import UnsupportedModel
@@ -111,7 +113,7 @@ def load_gate(lab: Any, name: str) -> None:
 
 def load_shadow(lab: Any, name: str) -> None:
     _, packed = lab.packed(name)
-    load_predictor(lab.drive, packed, "shadow", build_shadow(lab.drive, packed, silent))
+    load_predictor(lab.drive, packed, "shadow", build_shadow(lab.drive, packed, Recipe(), silent))
 
 
 def load_constant_gate(lab: Any, name: str) -> None:
@@ -303,6 +305,8 @@ def test_qualities_that_mixtures_do_not_have_are_refused(lab) -> None:
     for quality in ("0.5+correct", "0.5+heads=0.5"):
         with pytest.raises(RequestRefused, match="mixture of experts"):
             lab.open("eight", "100%", quality)
+    with pytest.raises(RequestRefused, match="Leave the predictor out"):
+        lab.open("eight", "100%", predictor="shadow")
 
 
 def test_experts_that_are_chosen_often_are_resident(make_mixture_lab, far_from, tokens_of) -> None:
@@ -392,7 +396,7 @@ def test_a_pass_broken_off_is_followed_by_a_good_one(
 
 def test_what_packing_loads_for_a_mixture(lab) -> None:
     _, packed = lab.packed("four")
-    assert load_predictors(lab.drive, packed, silent) == ["gate", "shadow"]
+    assert load_predictors(lab.drive, packed, silent).kinds == ["gate", "shadow"]
     loaded = {entry["kind"]: entry for entry in lab.drive.programs()}
     assert loaded["gate"]["role"] == "router"
     assert loaded["gate"]["layers"] == [0, 1]
@@ -403,9 +407,9 @@ def test_what_packing_loads_for_a_mixture(lab) -> None:
 def test_what_walks_dense_models_says_that_this_is_a_mixture(lab) -> None:
     _, packed = lab.packed("four")
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    with pytest.raises(UnsupportedModel, match="is a mixture of experts, and what measures text"):
+    with pytest.raises(UnsupportedModel, match="is of the family mixtral: what measures text"):
         recalibrate(lab.drive, packed, ids, silent)
-    with pytest.raises(UnsupportedModel, match="knows dense models only"):
+    with pytest.raises(UnsupportedModel, match="knows dense LLaMA models only"):
         build_predictor(lab.drive, packed, "rollout", silent)
 
 

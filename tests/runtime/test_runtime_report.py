@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from host_client.calibrate.predictor import build_shadow
+from host_client.calibrate.preparation import build_predictor
 from host_client.driver import Staged, StagedSite
 from host_client.driver.commands import Timing
 from host_client.runtime.generate import DriveReport, GenerationReport, generate, peak_rss_bytes
@@ -60,7 +60,9 @@ def test_a_report_of_an_exact_run(lab, tokens_of, greedy) -> None:
 
 def test_a_report_of_a_kept_fraction(lab, tokens_of) -> None:
     _, packed = lab.packed(NAME)
-    lab.drive.load_program(0, build_shadow(lab.drive, packed, lambda done, total: None))
+    lab.drive.load_program(
+        0, build_predictor(lab.drive, packed, "shadow", lambda done, total: None)
+    )
     model = lab.open(NAME, lab.budget(NAME, 0.4), 0.5, audit=True)
     report = measure(lab, model, tokens_of(lab, NAME, 5), 6)
     assert (report.quality, report.predictor) == ("0.5", "shadow")

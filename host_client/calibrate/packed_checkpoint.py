@@ -5,10 +5,11 @@ but the drive.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from csd_protocol.packed import PackedModel, Site
@@ -18,6 +19,10 @@ from host_client.model.errors import MissingTensor
 from host_client.model.families import Piece, SiteShape, find_family
 from host_client.runtime.plain_reads import PlainReads
 
+U16 = npt.NDArray[np.uint16]
+
+_KEPT_MAX = 2  # what was read last: of heads, and of keys and values
+
 
 class PackedCheckpoint:
     """A `Checkpoint` over the sites of a packed model."""
@@ -25,6 +30,8 @@ class PackedCheckpoint:
     def __init__(self, drive: Drive, packed: PackedModel) -> None:
         """Raises DamagedRecord or CommandFailed when the model's CRC table cannot be read."""
         self._reads, self._packed = PlainReads(drive, packed), packed
+        # A unit has rows of several tensors, which are asked for one after the other.
+        self._units = lru_cache(maxsize=_KEPT_MAX)(self._read_units)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -54,7 +61,7 @@ class PackedCheckpoint:
             first, last = start // piece.rows_per_unit, -(-stop // piece.rows_per_unit)
         if piece.shape == (shape.width,):
             first, last = 0, 1
-        units = self._reads.units(site, first, last)
+        units = self._units(site.site, first, last)
         stacked = units.reshape(last - first, shape.stack_rows, shape.width)
         rows = stacked[:, first_row : first_row + piece.rows_per_unit].reshape(-1, shape.width)
         values = torch.from_numpy(rows.view(np.int16).copy()).view(self._dtype)
@@ -64,6 +71,9 @@ class PackedCheckpoint:
             return values.t()[start:stop]
         offset = first * piece.rows_per_unit
         return values[start - offset : stop - offset]
+
+    def _read_units(self, site: int, first: int, last: int) -> U16:
+        return self._reads.units(self._packed.sites[site], first, last)
 
     def digest(self) -> str:
         return self._packed.fingerprint

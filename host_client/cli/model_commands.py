@@ -16,7 +16,15 @@ from host_client.calibrate.preparation import CALIBRATION_TOKENS, calibrate, loa
 from host_client.cli import reports
 from host_client.cli.console import TimeMode, err, open_drive, out, progress_bytes, progress_count
 from host_client.cli.log_commands import write_trace
-from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
+from host_client.cli.options import (
+    Dram,
+    DriveAddress,
+    Json,
+    Model,
+    PredictorKind,
+    QualityText,
+    Time,
+)
 from host_client.driver import Drive
 from host_client.io.opening import Kind as ReaderKind
 from host_client.model.checkpoint import Dtype
@@ -117,21 +125,8 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to say to the model.")],
     dram: Dram = "45%",
-    quality: Annotated[
-        str,
-        typer.Option(
-            help="exact, or the fraction of FFN neurons that is kept: 0.5, or 0.1+correct with the "
-            "drive's low-bit contribution for the others."
-        ),
-    ] = "exact",
-    predictor: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND",
-            help="Which kind of program on the drive chooses what is kept. Default: the best there "
-            "is, rollout, then shadow, then frequency.",
-        ),
-    ] = None,
+    quality: QualityText = "exact",
+    predictor: PredictorKind = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     raw: Annotated[
         bool, typer.Option("--raw", help="The prompt as it is, no chat template.")

@@ -39,4 +39,21 @@ Dram = Annotated[
         "the model's 16-bit weights such as 45%.",
     ),
 ]
+QualityText = Annotated[
+    str,
+    typer.Option(
+        "--quality",
+        help="exact, or the fraction of FFN neurons that is kept: 0.5, or 0.1+correct with the "
+        "drive's low-bit contribution for the others.",
+    ),
+]
+PredictorKind = Annotated[
+    str | None,
+    typer.Option(
+        "--predictor",
+        metavar="KIND",
+        help="Which kind of program on the drive chooses what is kept. Default: the best that is "
+        "there, rollout, then shadow, then frequency.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -187,9 +187,7 @@ def _ahead(report: "GenerationReport") -> str:
 
 def _corrected(report: "GenerationReport") -> str:
     if report.corrections:
-        return (
-            f"{report.corrections:,} times, a layer each: neurons left out, at a few bits a weight"
-        )
+        return f"{report.corrections:,} layers, with the drive's low bits for neurons left out"
     return "nothing: what was left out of an FFN counts for nothing"
 
 

@@ -228,6 +228,8 @@ class Engine:
         started_ns = self._now_ns()
         values = pending.result()
         self.tally.wait_ns += self._now_ns() - started_ns
+        if self._prefetcher.timeline is not None:
+            self._prefetcher.timeline.note(COMPUTE, "wait for a correction", started_ns)
         self.tally.corrections += 1
         self.tally.add_run(pending.timing)
         return values

@@ -97,7 +97,7 @@ def packed_media(
     packed = csd("pack", MODEL, "--calibration-tokens", 128, drive=packing)
     assert packed.status == 0, packed.stderr
     assert f"packed {MODEL}: 95,383 units, 256.6 MiB as float16" in packed.stdout
-    assert "loaded predictors: shadow, frequency" in packed.stdout
+    assert "loaded predictors: rollout, frequency" in packed.stdout
     sharded = csd("pack", reference.folder, "--no-calibrate", drive=packing)
     assert sharded.status == 0, sharded.stderr
     packing.leave_media()

@@ -29,7 +29,7 @@ def test_daemon_killed(
     own_device.restart()
     assert generate(csd, own_device)["token_ids"] == exact_answer["token_ids"]
     kept = generate(csd, own_device, "--quality", "0.5")
-    assert kept["predictor"] == "shadow"
+    assert kept["predictor"] == "rollout"
     assert kept["token_ids"] == kept_answer["token_ids"]
 
 

@@ -63,13 +63,25 @@ def test_kept_fraction_stages_less(
     exact_answer: dict[str, Any], kept_answer: dict[str, Any]
 ) -> None:
     assert kept_answer["quality"] == "0.5"
-    assert kept_answer["predictor"] == "shadow"
+    assert (kept_answer["predictor"], kept_answer["lookahead"]) == ("rollout", 1)
+    assert (kept_answer["kept"], kept_answer["corrections"]) == (0.5, 0)
     assert 0 < len(kept_answer["token_ids"]) <= ANSWER_TOKENS
     assert kept_answer["text"].strip()
     assert 0 < kept_answer["recall"] <= 1
     assert kept_answer["drive"]["program_ns"] > 0
     assert 0 < kept_answer["staged_bytes_per_token"] < exact_answer["staged_bytes_per_token"]
     assert exact_answer["staged_bytes_per_token"] < WEIGHTS_BYTES
+
+
+def test_a_tenth_and_a_correction_stage_least(
+    csd: CommandLine, device: Device, kept_answer: dict[str, Any]
+) -> None:
+    corrected = generate(csd, device, "--quality", "0.1+correct")
+    assert (corrected["quality"], corrected["predictor"]) == ("0.1+correct", "rollout")
+    assert corrected["corrections"] == 30 * (len(corrected["token_ids"]) - 1)
+    assert 0.7 < corrected["recall"] <= corrected["covered"] <= 1
+    assert corrected["staged_bytes_per_token"] < 0.5 * kept_answer["staged_bytes_per_token"]
+    assert corrected["text"].strip()
 
 
 def test_answers_are_the_same_again(
@@ -123,11 +135,11 @@ def test_the_drive_speaks_of_itself(csd: CommandLine, device: Device) -> None:
     assert told["controller"]["model"] == "edge-gen5"
     assert told["window"]["path"] == str(device.window)
     kinds = {(entry["kind"], entry["active"]) for entry in told["programs"]["programs"]}
-    assert kinds == {("shadow", True), ("frequency", True)}
+    assert kinds == {("rollout", True), ("frequency", True)}
     for page in ("smart", "error", "stage"):
         assert csd("log", page, "--json", drive=device).answer
         assert csd("log", page, drive=device).status == 0
     listed = csd("models", drive=device).stdout
     assert MODEL in listed
     assert "complete" in listed
-    assert "shadow" in csd("predictor", "list", drive=device).stdout
+    assert "rollout" in csd("predictor", "list", drive=device).stdout

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from host_client.calibrate.preparation import build_predictor
+from host_client.cli.reports import generation_table
 from host_client.driver import Staged, StagedSite
 from host_client.driver.commands import Timing
 from host_client.runtime.generate import DriveReport, GenerationReport, generate, peak_rss_bytes
@@ -41,6 +42,8 @@ def test_a_report_of_an_exact_run(lab, tokens_of, greedy) -> None:
     assert report.token_ids == greedy(lab.zoo.dense(NAME), ids)[0]
     assert report.text == " ".join(map(str, report.token_ids))
     assert (report.model, report.quality, report.predictor) == (NAME, "exact", None)
+    assert (report.lookahead, report.kept, report.corrections, report.covered) == (None, 1, 0, None)
+    assert "corrected" not in rows_of(report, model)
     assert (report.prompt_tokens, report.recall, report.late_units) == (5, None, 0)
     assert report.tokens_per_s == pytest.approx(1000)  # the clock ticks once a token
     assert report.prefill_s == pytest.approx(0.001)
@@ -66,10 +69,35 @@ def test_a_report_of_a_kept_fraction(lab, tokens_of) -> None:
     model = lab.open(NAME, lab.budget(NAME, 0.4), 0.5, audit=True)
     report = measure(lab, model, tokens_of(lab, NAME, 5), 6)
     assert (report.quality, report.predictor) == ("0.5", "shadow")
-    assert 0 < report.recall <= 1
+    assert (report.lookahead, report.kept, report.corrections) == (1, 0.5, 0)
+    assert 0 < report.recall <= report.covered <= 1
+    rows = rows_of(report, model)
+    assert "0.5 of the neurons, chosen by the drive's shadow program" in rows["predicted"]
+    assert "asked 1 layer ahead" in rows["predicted"]
+    assert f"{report.recall:.0%} were chosen and {report.covered:.0%} computed" in rows["predicted"]
+    assert rows["corrected"].startswith("nothing")
     assert report.late_units == model.csd.tally.late_units > 0
     assert report.drive.program_ns > 0
     assert 0 < report.staged_bytes_per_token < model.csd.plan.staged_bytes_per_token
+
+
+def test_a_report_of_corrections(lab, tokens_of) -> None:
+    _, packed = lab.packed(NAME)
+    shadow = build_predictor(lab.drive, packed, "shadow", lambda done, total: None)
+    lab.drive.load_program(0, shadow)
+    model = lab.open(NAME, lab.budget(NAME, 0.4), "0.1+correct", lookahead=0)
+    report = measure(lab, model, tokens_of(lab, NAME, 5), 6)
+    assert (report.quality, report.lookahead, report.corrections) == ("0.1+correct", 0, 4 * 5)
+    assert report.recall is report.covered is None
+    rows = rows_of(report, model)
+    assert rows["corrected"].startswith("20 layers")
+    assert "asked with what enters the layer" in rows["predicted"]
+
+
+def rows_of(report: GenerationReport, model: Any) -> dict[str, str]:
+    """What people are shown, by the name of each row."""
+    names, values = generation_table(report, model.csd.plan).columns
+    return dict(zip(names.cells, values.cells, strict=True))
 
 
 def test_one_token_has_no_rate(lab, tokens_of) -> None:

@@ -59,14 +59,14 @@ class PackedCheckpoint:
         first, last = 0, site.count
         if not piece.columns:
             first, last = start // piece.rows_per_unit, -(-stop // piece.rows_per_unit)
-        if piece.shape == (shape.width,):
+        if len(piece.shape) == 1:
             first, last = 0, 1
         units = self._units(site.site, first, last)
         stacked = units.reshape(last - first, shape.stack_rows, shape.width)
         rows = stacked[:, first_row : first_row + piece.rows_per_unit].reshape(-1, shape.width)
         values = torch.from_numpy(rows.view(np.int16).copy()).view(self._dtype)
-        if piece.shape == (shape.width,):
-            return values[0, start:stop]
+        if len(piece.shape) == 1:
+            return values.reshape(-1)[start:stop]
         if piece.columns:
             return values.t()[start:stop]
         offset = first * piece.rows_per_unit

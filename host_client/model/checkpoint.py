@@ -85,10 +85,13 @@ class StoredTensor:
         return self.file.read(offset, (stop - start) * self.row_bytes, f"tensor {self.name}")
 
     def part(self, name: str, start: int, rows: int) -> "StoredTensor":
-        """Rows of the last dimension, [rows, columns] from number `start` on, as a tensor."""
+        """Rows of the last dimension, [rows, columns] from number `start` on, as a tensor.
+
+        Of a vector, so many values.
+        """
         row_bytes = self.row_bytes // prod(self.shape[1:-1])
         offset_bytes = self.offset_bytes + start * row_bytes
-        shape = (rows, self.shape[-1])
+        shape = (rows, *self.shape[-1:]) if len(self.shape) > 1 else (rows,)
         return replace(self, name=name, shape=shape, offset_bytes=offset_bytes, row_bytes=row_bytes)
 
 

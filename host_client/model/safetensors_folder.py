@@ -28,6 +28,7 @@ from host_client.model.errors import (
     TornFile,
     UnsupportedModel,
 )
+from host_client.model.foreign_configs import as_transformers
 from host_client.model.naming import by_table
 
 _SINGLE = "model.safetensors"
@@ -46,7 +47,8 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.config = _read_config(folder)
+        own_config = _read_config(folder)
+        self.config = as_transformers(own_config)
         self._files: list[TensorFile] = []
         self._headers: list[bytes] = []
         self._stored: dict[str, StoredTensor] = {}
@@ -56,7 +58,7 @@ class SafetensorsFolder:
         except BaseException:
             self.close()
             raise
-        self._tensors = by_table(self._stored, self.config)
+        self._tensors = by_table(self._stored, own_config)
 
     def _add(self, path: Path) -> None:
         file = TensorFile(path)

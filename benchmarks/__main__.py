@@ -23,6 +23,7 @@ BENCHMARKS = (
     "program_rows",
     "stage_latency",
     "generate",
+    "expert_recall",
 )
 
 

@@ -26,7 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from csd_protocol.crc32c import crc32c
 
 FORMAT_VERSION: Final = 1
-COPIES_VERSION: Final = 2  # of a manifest with more than one copy, and of nothing else
+COPIES_VERSION: Final = 2  # of a manifest with more than one copy
+EXTENDED_VERSION: Final = 3  # of a manifest with fields that came later; see `PackedModel.extended`
+NEWEST_VERSION: Final = EXTENDED_VERSION
 COPIES_MAX = 4
 BLOCK_BYTES = 4096
 DIRECTORY_SLOT_BYTES = 512 * 1024
@@ -58,8 +60,10 @@ class Role(StrEnum):
     EMBED = "embed"
     FINAL_NORM = "final_norm"
     LM_HEAD = "lm_head"
+    ROUTER = "router"  # of a mixture: a row of the router is an expert
 
 
+Version = Literal[1, 2, 3]
 Count = Annotated[int, Field(gt=0)]
 Offset = Annotated[int, Field(ge=0)]
 
@@ -96,6 +100,7 @@ class Site(_Record):
     offset_bytes: Offset
     first_crc: Offset  # index of unit 0 in the CRC table
     parts: tuple[Part, ...] = ()
+    expert: int = -1  # of a mixture's layer, whose FFN this is; -1: no expert's
 
     @property
     def values(self) -> int:
@@ -112,13 +117,15 @@ class Site(_Record):
 
     @property
     def name(self) -> str:
+        if self.expert >= 0:
+            return f"layers.{self.layer}.experts.{self.expert}"
         return self.role.value if self.layer < 0 else f"layers.{self.layer}.{self.role.value}"
 
 
 class PackedModel(_Record):
     """A model's manifest: its transformers config and where each unit lies."""
 
-    format_version: Literal[1, 2] = FORMAT_VERSION
+    format_version: Version = FORMAT_VERSION
     name: str
     family: str
     config: dict[str, Any]
@@ -133,11 +140,33 @@ class PackedModel(_Record):
     copy_stride_bytes: Offset = 0  # from a site in one copy to the same in the next
 
     def find(self, role: Role, layer: int = -1) -> Site:
-        """The site with this role in this layer. Raises KeyError naming it."""
+        """The site with this role in this layer, no expert's. Raises KeyError naming it."""
         for site in self.sites:
-            if site.role is role and site.layer == layer:
+            if site.role is role and site.layer == layer and site.expert < 0:
                 return site
         raise KeyError(f"{self.name} has no site {role.value} in layer {layer}")
+
+    def ffns(self, layer: int | None = None) -> tuple[Site, ...]:
+        """The FFN sites of a layer, or of all: one a layer, or one an expert of it."""
+        return tuple(
+            site
+            for site in self.sites
+            if site.role is Role.FFN and (layer is None or site.layer == layer)
+        )
+
+    @property
+    def experts(self) -> int:
+        """Experts of each layer; 0: this is no mixture."""
+        return 1 + max(site.expert for site in self.sites)
+
+    def program_layer(self, site: Site) -> int:
+        """What programs and frequencies call a site's layer: experts are counted through."""
+        return site.layer if site.expert < 0 else site.layer * self.experts + site.expert
+
+    @property
+    def extended(self) -> bool:
+        """Whether the manifest says what only EXTENDED_VERSION can say."""
+        return any(site.expert >= 0 or site.role is Role.ROUTER for site in self.sites)
 
     @property
     def layer_count(self) -> int:
@@ -253,14 +282,18 @@ def decode_directory(slots: list[bytes]) -> Directory:
 
 
 def encode_manifest(model: PackedModel) -> bytes:
-    """A model of one copy is what it was before there were copies, byte for byte."""
-    unsaid = {"copies", "copy_stride_bytes"} if model.copies == 1 else None
+    """What older versions could say is said as they said it, byte for byte."""
+    unsaid: dict[str, Any] = {}
+    if model.copies == 1:
+        unsaid |= {"copies": True, "copy_stride_bytes": True}
+    if not model.extended:
+        unsaid |= {"sites": {"__all__": {"expert"}}}
     return _seal(model.model_dump_json(exclude=unsaid).encode(), 0, model.format_version)
 
 
 def decode_manifest(data: bytes) -> PackedModel:
     """Raises FormatError when the bytes are torn, of another version or inconsistent."""
-    version, payload = _unseal(data, "manifest", COPIES_VERSION)
+    version, payload = _unseal(data, "manifest", NEWEST_VERSION)
     try:
         model = PackedModel.model_validate_json(payload)
     except ValidationError as error:
@@ -286,7 +319,7 @@ def _check_sites(model: PackedModel) -> None:
 
 def _check_copies(model: PackedModel, version: int) -> None:
     said = f"manifest of {model.name}: {model.copies} copies"
-    if not version == model.format_version == manifest_version(model.copies):
+    if not version == model.format_version == manifest_version(model.copies, model.extended):
         raise FormatError(f"{said} do not go with format version {version}")
     begin = model.crc_table.offset_bytes
     end = max((site.offset_bytes + site.length_bytes for site in model.sites), default=begin)
@@ -296,8 +329,10 @@ def _check_copies(model: PackedModel, version: int) -> None:
         raise FormatError(f"{said}, {model.copy_stride_bytes} bytes apart, lie over each other")
 
 
-def manifest_version(copies: int) -> Literal[1, 2]:
+def manifest_version(copies: int, extended: bool = False) -> Version:
     """The oldest format version that such a manifest can be written in."""
+    if extended:
+        return EXTENDED_VERSION
     return FORMAT_VERSION if copies == 1 else COPIES_VERSION
 
 

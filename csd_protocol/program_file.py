@@ -22,7 +22,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 PROGRAM_VERSION = "1"
 ACTIVATIONS = ("silu",)
-ROLES = (Role.FFN, Role.HEADS)  # sites that a program may speak for
+ROLES = (Role.FFN, Role.HEADS, Role.ROUTER)  # sites that a program may speak for
 WINDOW_TOKENS_MAX = 32
 CONTEXT_MAX = 1 << 17
 
@@ -46,14 +46,13 @@ class Key(StrEnum):
     KIND = "csd.program"
     VERSION = "csd.version"
     MODEL = "csd.model"  # the packed model that it was fitted to; it runs for no other
-    ROLE = "csd.role"  # sites that it speaks for: "ffn", as without this key, or "heads"
+    ROLE = "csd.role"  # sites that it speaks for: "ffn", as without this key, "heads" or "router"
     BITS = "csd.bits"  # low-bit rows: 2, 3, 4 or 8
     GROUP = "csd.group"  # low-bit rows: values that share a scale
     ACTIVATION = "csd.activation"  # of a gated FFN: "silu"
     RMS_EPS = "csd.rms_eps"  # epsilon of every RMSNorm of the program
     TOKENS = "csd.tokens"  # window: how many observations back
     DECAY = "csd.decay"  # window: what one observation further back counts
-    EXPERT_UNITS = "csd.expert_units"  # gate: units of one expert, side by side
     HEADS = "csd.heads"  # attention: query heads
     KV_HEADS = "csd.kv_heads"  # attention: key and value heads
     HEAD_DIM = "csd.head_dim"  # attention: values of one head
@@ -365,16 +364,14 @@ def encode_farsight(
     return save(tensors, _metadata(ProgramKind.FARSIGHT, model, role) | farsight)
 
 
-def encode_gate(
-    model: str, layers: Mapping[int, GateLayer], *, rms_eps: float, expert_units: int = 1
-) -> bytes:
-    """A `gate` program file; an expert's score is that of each of its `expert_units` units."""
+def encode_gate(model: str, layers: Mapping[int, GateLayer], *, rms_eps: float) -> bytes:
+    """A `gate` program file; its units are experts."""
     tensors: Arrays = {}
     for layer, weights in layers.items():
         tensors[Tensor.NORM.of(layer)] = _single(weights.norm)
         tensors[Tensor.ROUTER.of(layer)] = _half(weights.router)
-    gate = {Key.RMS_EPS.value: repr(float(rms_eps)), Key.EXPERT_UNITS.value: str(expert_units)}
-    return save(tensors, _metadata(ProgramKind.GATE, model) | gate)
+    gate = {Key.RMS_EPS.value: repr(float(rms_eps))}
+    return save(tensors, _metadata(ProgramKind.GATE, model, Role.ROUTER) | gate)
 
 
 def encode_oracle(

@@ -12,12 +12,11 @@ import numpy.typing as npt
 from csd_device.compute.half_rows import half_dot, highest_over_rows, rms_norm
 from csd_device.compute.layer_names import numbered_layers
 from csd_device.compute.layered import LayeredProgram, check_width
-from csd_device.compute.numbers import rms_eps, whole_number
+from csd_device.compute.numbers import rms_eps
 from csd_device.compute.program import F32, Cost
-from csd_device.compute.tensor_file import TensorFile
+from csd_device.compute.tensor_file import TensorFile, invalid
+from csd_protocol.packed import Role
 from csd_protocol.program_file import Key, ProgramKind, Tensor
-
-_EXPERT_UNITS_MAX = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +25,14 @@ class GateLayer:
 
     norm: F32  # [hidden]
     router: npt.NDArray[np.uint16]  # [experts, hidden]
-    expert_units: int
 
     @property
     def units(self) -> int:
-        return len(self.router) * self.expert_units
+        return len(self.router)
 
 
 class GateProgram(LayeredProgram[GateLayer]):
-    """The score of a unit is its expert's logit; see `Program`."""
+    """Units are experts, and the score of one is its logit; see `Program`."""
 
     kind = ProgramKind.GATE
 
@@ -42,17 +40,16 @@ class GateProgram(LayeredProgram[GateLayer]):
         """Raises CommandError (Invalid Program Data) naming the tensor or the metadata at fault."""
         super().__init__(file)
         self._rms_eps = rms_eps(file)
-        expert_units = 1
-        if Key.EXPERT_UNITS in file.metadata:
-            expert_units = whole_number(file, Key.EXPERT_UNITS, 1, _EXPERT_UNITS_MAX)
+        if self.role is not Role.ROUTER:
+            raise invalid(f"{Key.ROLE} is {self.role}; a gate speaks for {Role.ROUTER}")
         layers = numbered_layers(file, Tensor.NORM)
-        self._layers = {layer: _read(file, layer, expert_units) for layer in layers}
+        self._layers = {layer: _read(file, layer) for layer in layers}
 
     def score(self, layer: int, hidden: F32) -> F32:
         weights = self.layer(layer)
         check_width(hidden, weights.norm.size)
         logits = half_dot(weights.router, rms_norm(hidden, weights.norm, self._rms_eps))
-        return np.repeat(highest_over_rows(logits), weights.expert_units)
+        return highest_over_rows(logits)
 
     def cost(self, layer: int, rows: int) -> Cost:
         weights = self.layer(layer)
@@ -60,11 +57,10 @@ class GateProgram(LayeredProgram[GateLayer]):
         return Cost(ops=2 * weights.router.size * rows, dram_bytes=dram_bytes)
 
 
-def _read(file: TensorFile, layer: int, expert_units: int) -> GateLayer:
+def _read(file: TensorFile, layer: int) -> GateLayer:
     hidden = file.length(Tensor.NORM.of(layer))
     experts, _ = file.matrix_shape(Tensor.ROUTER.of(layer))
     return GateLayer(
         norm=file.finite(Tensor.NORM.of(layer), np.float32, (hidden,)),
         router=file.half(Tensor.ROUTER.of(layer), (experts, hidden)),
-        expert_units=expert_units,
     )

@@ -198,6 +198,14 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class TopExperts:
+    """Of a mixture's targets those of so many experts a layer, the top of this program."""
+
+    program: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class PredictAndStage:
     model: int
     program: int
@@ -207,6 +215,7 @@ class PredictAndStage:
     release: tuple[int, ...] = ()  # leases given back first; those not held are passed over
     observed: tuple[Observed, ...] = ()
     origin: Origin | None = None
+    experts: TopExperts | None = None  # None: targets of all experts
 
 
 @dataclass(frozen=True, slots=True)

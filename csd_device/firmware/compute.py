@@ -15,10 +15,10 @@ from csd_device.firmware.commands import (
     Wanted,
 )
 from csd_device.firmware.context import Context
-from csd_device.firmware.models import LoadedModel, SiteRecord
+from csd_device.firmware.experts import top_experts
+from csd_device.firmware.models import LoadedModel
 from csd_device.firmware.prediction import Prediction
 from csd_device.firmware.staging import NO_UNITS
-from csd_protocol.packed import Role
 from csd_protocol.status import Status
 
 
@@ -29,7 +29,7 @@ def handle_execute_program(context: Context, command: ExecuteProgram) -> Execute
     model = context.controller.models.get(command.model, context.time)
     context.time.receive(command.hidden.nbytes + command.units.nbytes)
     prediction = _prediction(context, model, command)
-    site = _site_of(model, command.layer, prediction.role)
+    site = model.find(prediction.role, command.layer)
     if command.wanted is Wanted.CORRECTION:
         values = prediction.correction(site, command.units, context.time)
         context.time.send(values.nbytes)
@@ -45,6 +45,10 @@ def handle_predict_and_stage(context: Context, command: PredictAndStage) -> Stag
     context.time.receive(command.hidden.nbytes)
     model = context.controller.models.get(command.model, context.time)
     prediction = _prediction(context, model, command)
+    if command.experts is not None:
+        gate = _program(context, model, command.experts.program, command)
+        count = command.experts.count
+        prediction.admit(top_experts(model, command.targets, gate, count, context.time))
     return _stage(context, model, command.token, command.targets, prediction)
 
 
@@ -118,19 +122,17 @@ def _prediction(
     context: Context, model: LoadedModel, command: PredictAndStage | ExecuteProgram
 ) -> Prediction:
     """The command's program with its input, after it was told what the host observed."""
-    given = ProgramInput(command.hidden, command.token, command.origin)
-    controller = context.controller
-    prediction = Prediction(
-        controller.programs, controller.hosts, context.host, model, command.program, given
-    )
+    prediction = _program(context, model, command.program, command)
     for observed in command.observed:
         context.time.receive(observed.units.nbytes)
         prediction.observe(model.site(observed.site), observed.units)
     return prediction
 
 
-def _site_of(model: LoadedModel, layer: int, role: Role) -> SiteRecord:
-    for site in model.sites:
-        if site.role is role and site.layer == layer:
-            return site
-    raise CommandError(Status.NO_SITE, f"{model.name} has no {role.value} in layer {layer}")
+def _program(
+    context: Context, model: LoadedModel, number: int, command: PredictAndStage | ExecuteProgram
+) -> Prediction:
+    """A program with the command's input."""
+    given = ProgramInput(command.hidden, command.token, command.origin)
+    controller = context.controller
+    return Prediction(controller.programs, controller.hosts, context.host, model, number, given)

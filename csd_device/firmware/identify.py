@@ -86,6 +86,7 @@ def _programs(controller: Controller) -> dict[str, Any]:
                 "program": number,
                 "kind": stored.program.kind.value,
                 "model": stored.program.model,
+                "role": stored.program.role.value,
                 "bytes": stored.program.dram_bytes,
                 "active": stored.active,
                 "layers": list(stored.program.layers),

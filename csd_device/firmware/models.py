@@ -48,6 +48,8 @@ class SiteRecord:
     name: str
     layer: int
     role: Role
+    expert: int  # of a mixture's layer; -1: no expert's
+    program_layer: int  # what programs call its layer
     count: int
     unit_bytes: int
     offset_bytes: int
@@ -73,6 +75,15 @@ class LoadedModel:
                 Status.NO_SITE, f"{self.name} has {len(self.sites)} sites, none numbered {index}"
             )
         return self.sites[index]
+
+    def find(self, role: Role, program_layer: int) -> SiteRecord:
+        """The site that programs call this. Raises CommandError (No Such Site or Unit)."""
+        for site in self.sites:
+            if site.role is role and site.program_layer == program_layer:
+                return site
+        raise CommandError(
+            Status.NO_SITE, f"{self.name} has no {role.value} in layer {program_layer}"
+        )
 
 
 class ModelCatalog:
@@ -228,6 +239,8 @@ def _record(model: int, manifest: PackedModel, site: Site, crcs: U32) -> SiteRec
         name=site.name,
         layer=site.layer,
         role=site.role,
+        expert=site.expert,
+        program_layer=manifest.program_layer(site),
         count=site.count,
         unit_bytes=site.unit_bytes,
         offset_bytes=site.offset_bytes,

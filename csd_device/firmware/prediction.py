@@ -35,6 +35,17 @@ class Prediction:
         self._programs, self._hosts, self._host = programs, hosts, host
         self._model, self._number, self._given = model, number, given
         self._run: Run | None = None
+        self._experts: dict[int, U32] | None = None
+
+    def admit(self, experts: dict[int, U32]) -> None:
+        """Of targets of experts only these are staged, by layer."""
+        self._experts = experts
+
+    def admits(self, site: SiteRecord) -> bool:
+        """Whether a target of this site is staged at all."""
+        if self._experts is None or site.expert < 0:
+            return True
+        return bool((self._experts[site.layer] == site.expert).any())
 
     @property
     def role(self) -> Role:
@@ -61,7 +72,7 @@ class Prediction:
         states that are not finite.
         """
         self._check_site(site)
-        scores, cost = self._begun().score(site.layer)
+        scores, cost = self._begun().score(site.program_layer)
         time.run_program(cost)
         return scores
 
@@ -74,7 +85,7 @@ class Prediction:
         program = self._check_site(site)
         check_ascending(site, computed)
         self._check_finite()
-        values, cost = program.correct(site.layer, self._given.hidden, computed)
+        values, cost = program.correct(site.program_layer, self._given.hidden, computed)
         time.run_program(cost)
         if not np.isfinite(values).all():
             raise CommandError(
@@ -87,7 +98,9 @@ class Prediction:
         """Tells the program which units of a site were active; raises as `top_units`."""
         program = self._check_site(site)
         check_ascending(site, units)
-        program.observe(site.layer, units, self._hosts.memory(self._host, self._number, program))
+        program.observe(
+            site.program_layer, units, self._hosts.memory(self._host, self._number, program)
+        )
 
     def _begun(self) -> Run:
         if self._run is None:
@@ -109,7 +122,7 @@ class Prediction:
 
     def _check_site(self, site: SiteRecord) -> Program:
         program = self._program()
-        if site.role is not program.role or program.unit_count(site.layer) != site.count:
+        if site.role is not program.role or program.unit_count(site.program_layer) != site.count:
             raise CommandError(
                 Status.INVALID_FIELD,
                 f"program {self._number} ({program.kind}, of {program.model}) does not score the "

@@ -363,6 +363,8 @@ def _choose(
     site: SiteRecord, target: Target, host: Host, prediction: Prediction | None, time: CommandTime
 ) -> _Choice:
     held = None if target.ignore_residency else host.holds(site)
+    if prediction is not None and not prediction.admits(site):
+        return _Choice(NO_UNITS, NO_UNITS, False)
     if target.what is What.UNITS:
         units = _named(site, target.units)
         return _Choice(units if held is None else units[~held[units]], NO_UNITS, False)

@@ -138,6 +138,12 @@ def _origin(body: pb.ExecuteProgram | pb.PredictAndStage) -> Origin | None:
     return Origin(body.origin.layer, body.origin.behind_attention)
 
 
+def _experts(body: pb.PredictAndStage) -> fw.TopExperts | None:
+    if not body.HasField("experts"):
+        return None
+    return fw.TopExperts(body.experts.program, body.experts.count)
+
+
 def _predict_and_stage(body: pb.PredictAndStage) -> fw.Command:
     return fw.PredictAndStage(
         model=body.model,
@@ -148,6 +154,7 @@ def _predict_and_stage(body: pb.PredictAndStage) -> fw.Command:
         release=tuple(body.release),
         observed=_observed(body.observed),
         origin=_origin(body),
+        experts=_experts(body),
     )
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from host_client.model.checkpoint import Checkpoint
+from host_client.model.errors import UnsupportedModel
 from host_client.model.families import LlamaShape, find_family, llama_shape
 
 
@@ -43,6 +44,21 @@ class DecoderLayer:
         return replace(self, **matrices)
 
 
+def knows(config: dict[str, Any]) -> bool:
+    """Whether a `DenseModel` has the arithmetic of this model."""
+    return config.get("model_type") == "llama"
+
+
+def _check_known(checkpoint: Checkpoint) -> None:
+    if not knows(checkpoint.config):
+        raise UnsupportedModel(
+            f"{checkpoint.source} is of the family {checkpoint.config.get('model_type')}: what "
+            "measures text and fits programs layer by layer knows dense LLaMA models only. "
+            "`csd pack` counts neurons in passes of its own, and `csd predictor build` makes "
+            "shadow and frequency, and gate for a mixture of experts"
+        )
+
+
 class DenseModel:
     """A LLaMA checkpoint: its layers, and the arithmetic of one.
 
@@ -52,6 +68,7 @@ class DenseModel:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
         """Raises UnknownFamily, InvalidConfig or UnsupportedModel."""
         find_family(checkpoint.config, checkpoint.source).check(checkpoint.config)
+        _check_known(checkpoint)
         self._checkpoint = checkpoint
         self.dtype = dtype
         self.shape: LlamaShape = llama_shape(checkpoint.config)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csd_protocol.packed import PackedModel
+from csd_protocol.packed import PackedModel, Site
 from host_client.driver import Drive
 from host_client.model.checkpoint import Dtype
 from host_client.model.errors import MissingTensor
@@ -49,25 +49,24 @@ class PackedCheckpoint:
         return list(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._find(name)[1].shape
+        return self._find(name)[2].shape
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor, in the 16-bit type that it was packed in. Raises UnitsLost."""
-        shape, piece = self._find(name)
-        site = self._packed.find(shape.role, shape.layer)
+        site, shape, piece = self._find(name)
         first_row = _rows_before(shape, piece)
         # A row of a piece lies in one unit; a column tensor's rows lie across all units.
         first, last = 0, site.count
         if not piece.columns:
             first, last = start // piece.rows_per_unit, -(-stop // piece.rows_per_unit)
-        if piece.shape == (shape.width,):
+        if len(piece.shape) == 1:
             first, last = 0, 1
         units = self._units(site.site, first, last)
         stacked = units.reshape(last - first, shape.stack_rows, shape.width)
         rows = stacked[:, first_row : first_row + piece.rows_per_unit].reshape(-1, shape.width)
         values = torch.from_numpy(rows.view(np.int16).copy()).view(self._dtype)
-        if piece.shape == (shape.width,):
-            return values[0, start:stop]
+        if len(piece.shape) == 1:
+            return values.reshape(-1)[start:stop]
         if piece.columns:
             return values.t()[start:stop]
         offset = first * piece.rows_per_unit
@@ -93,15 +92,16 @@ class PackedCheckpoint:
         return torch.bfloat16 if self._packed.dtype == "bfloat16" else torch.float16
 
     @cached_property
-    def _places(self) -> dict[str, tuple[SiteShape, Piece]]:
+    def _places(self) -> dict[str, tuple[Site, SiteShape, Piece]]:
         family = find_family(self._packed.config, self.source)
+        shapes = family.sites(self._packed.config)
         return {
-            piece.tensor: (shape, piece)
-            for shape in family.sites(self._packed.config)
+            piece.tensor: (site, shape, piece)
+            for site, shape in zip(self._packed.sites, shapes, strict=True)
             for piece in shape.pieces
         }
 
-    def _find(self, name: str) -> tuple[SiteShape, Piece]:
+    def _find(self, name: str) -> tuple[Site, SiteShape, Piece]:
         if name not in self._places:
             raise MissingTensor(f"{self.source} has no tensor {name}. Pack the model again")
         return self._places[name]

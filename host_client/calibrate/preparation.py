@@ -12,13 +12,15 @@ from csd_protocol.packed import PackedModel
 from csd_protocol.status import Status
 from host_client.calibrate.builders import Builder, Recipe
 from host_client.calibrate.calibration import walk
-from host_client.calibrate.dense_model import DenseModel
+from host_client.calibrate.dense_model import DenseModel, knows
+from host_client.calibrate.gate_builder import build_gate
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.predictor import (
     build_frequency,
     load_predictor,
     read_down_norms,
 )
+from host_client.calibrate.shadow_builder import build_shadow
 from host_client.calibrate.statistics import measure_frequencies
 from host_client.calibrate.text import (
     CALIBRATION_WINDOW,
@@ -86,6 +88,7 @@ class Kind(StrEnum):
     WINDOW = "window"
     FREQUENCY = "frequency"
     ORACLE = "oracle"
+    GATE = "gate"
 
     @property
     def needs_text(self) -> bool:
@@ -106,6 +109,10 @@ def build_predictor(
     """
     if kind == Kind.FREQUENCY:
         return _frequency(drive, packed)
+    if kind == Kind.GATE:
+        return build_gate(drive, packed, progress)
+    if kind == Kind.SHADOW and not knows(packed.config):
+        return build_shadow(drive, packed, recipe or Recipe(), progress)
     builder = Builder(drive, packed, recipe or Recipe(), progress)
     with torch.inference_mode():
         made: bytes = getattr(builder, Kind(kind).value)()
@@ -134,10 +141,13 @@ def load_predictors(drive: Drive, packed: PackedModel, progress: Progress) -> Lo
     """Build and load what serves the model best; earlier programs of the same kinds go.
 
     A rollout, or a shadow where the drive cannot hold that or the model has no place for it: both
-    choose and correct. And a frequency, where the neurons were counted.
+    choose and correct. And a frequency, where the neurons were counted. A mixture has a gate as
+    well, and no rollout.
     """
     loaded = Loaded()
-    for kind in (Kind.ROLLOUT, Kind.SHADOW):
+    if packed.experts:
+        _load_if_it_fits(drive, packed, Kind.GATE, progress, loaded)
+    for kind in (Kind.SHADOW,) if packed.experts else (Kind.ROLLOUT, Kind.SHADOW):
         if _load_if_it_fits(drive, packed, kind, progress, loaded):
             break
     if packed.frequencies is not None:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from host_client.runtime.layers import StagedFfn
+from host_client.runtime.staged_experts import StagedExperts
 
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
@@ -18,11 +19,12 @@ WANTED_SHARE = 1 / 3  # a neuron counts when its score is in the top third of it
 class ActivityCounter:
     """Observes FFNs in passes that use every neuron; counts the top share a token by score.
 
-    The score of a neuron is |silu(gate) * up| * ||down||. `counts`: uint32 [layers, neurons].
+    The score of a neuron is |silu(gate) * up| * ||down||. `counts`: uint32 [FFNs, neurons].
+    A mixture's expert sees the rows that are sent to it, so counts say how often it is chosen, too.
     """
 
     def __init__(self, down_norms: F32, share: float = WANTED_SHARE) -> None:
-        """down_norms: float32 [layers, neurons]."""
+        """down_norms: float32 [FFNs, neurons]."""
         self.counts: U32 = np.zeros(down_norms.shape, np.uint32)
         self._down_norms = down_norms
         self._wanted = max(1, round(share * down_norms.shape[1]))
@@ -52,12 +54,12 @@ def measure_frequencies(
     down_norms: F32,
     progress: Callable[[int, int], None],
 ) -> U32:
-    """Run `model` (exact quality) over the windows; counts uint32 [layers, neurons].
+    """Run `model` (exact quality) over the windows; counts uint32 [FFNs, neurons].
 
     progress: tokens done, tokens in all.
     """
     counter = ActivityCounter(down_norms)
-    ffns = [module for module in model.modules() if isinstance(module, StagedFfn)]
+    ffns = [module for module in model.modules() if isinstance(module, StagedFfn | StagedExperts)]
     total = sum(window.numel() for window in windows)
     done = 0
     for ffn in ffns:

@@ -12,7 +12,13 @@ from host_client.cli import reports
 from host_client.cli.console import EXIT_DAMAGED, TimeMode, open_drive, out, progress_bytes
 from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
 from host_client.driver import Drive
-from host_client.model.catalog import list_models, open_model, read_manifest, remove_model
+from host_client.model.catalog import (
+    list_models,
+    open_model,
+    read_frequencies,
+    read_manifest,
+    remove_model,
+)
 from host_client.model.errors import DamagedRecord
 from host_client.model.source import name_on_drive
 from host_client.runtime.plain_reads import PlainReads
@@ -54,7 +60,8 @@ def plan(
     """Print what would be resident and what staged within a budget."""
     with open_drive(drive, time) as opened:
         _, packed = open_model(opened, name_on_drive(model))
-    made = make_plan(packed, parse_budget(dram, packed), context)
+        frequencies = read_frequencies(opened, packed)
+    made = make_plan(packed, parse_budget(dram, packed), context, frequencies)
     if as_json:
         typer.echo(json.dumps(reports.plan_object(packed, made)))
         return

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from csd_protocol.packed import PackedModel, Role
 from csd_protocol.units import format_ns, format_size
-from host_client.runtime.plan import BUFFERS, Plan, head_site
+from host_client.runtime.plan import Plan, head_site
 
 if TYPE_CHECKING:
     from host_client.runtime.generate import GenerationReport
@@ -21,7 +21,7 @@ def plan_object(packed: PackedModel, plan: Plan) -> dict[str, Any]:
         "weights_bytes_16bit": plan.weights_bytes,
         "total_bytes": plan.total_bytes,
         "resident_bytes": plan.resident_bytes,
-        "staging_buffer_bytes": BUFFERS * plan.buffer_bytes,
+        "staging_buffer_bytes": plan.staging_bytes,
         "fetch_buffer_bytes": plan.fetch_buffer_bytes,
         "kv_cache_bytes": plan.kv_bytes,
         "table_bytes": plan.table_bytes,
@@ -48,7 +48,7 @@ def plan_table(packed: PackedModel, plan: Plan) -> Table:
     table.add_section()
     for name, size in (
         ("resident weights", plan.resident_bytes),
-        (f"{BUFFERS} staging buffers", BUFFERS * plan.buffer_bytes),
+        ("staging buffers", plan.staging_bytes),
         ("fetch buffer and tables", plan.fetch_buffer_bytes + plan.table_bytes),
         (f"KV cache, {plan.context} tokens", plan.kv_bytes),
         ("in all", plan.total_bytes),
@@ -162,6 +162,11 @@ def _recovered(report: "GenerationReport") -> str:
 def _predicted(report: "GenerationReport") -> str:
     if report.predictor is None:
         return "nothing: exact quality needs every neuron, and stages all that are not resident"
+    if report.expert_recall is not None:
+        return (
+            f"experts, by the drive's {report.predictor}: {report.expert_recall:.0%} of those that "
+            f"the routers chose were on their way before"
+        )
     text = (
         f"{report.kept:.3g} of the neurons, chosen by the drive's {report.predictor} program, "
         f"{_ahead(report)}; what is resident counts as well"
@@ -204,6 +209,7 @@ def _describe(packed: PackedModel, role: Role) -> str:
         Role.KV: "key and value projections",
         Role.HEADS: "KV groups of heads",
         Role.FFN: "FFN neurons",
+        Role.ROUTER: "rows of routers, one an expert",
     }
     if role is Role.EMBED and head_site(packed).role is Role.EMBED:
         return "embedding and output head rows (tied)"

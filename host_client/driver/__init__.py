@@ -10,6 +10,7 @@ from host_client.driver.commands import (
     StageTarget,
     Timing,
     Told,
+    TopExperts,
 )
 from host_client.driver.drive import Drive
 from host_client.driver.errors import (
@@ -40,4 +41,5 @@ __all__ = [
     "StagedSite",
     "Timing",
     "Told",
+    "TopExperts",
 ]

@@ -72,14 +72,24 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class TopExperts:
+    """Of a mixture's targets those of so many experts a layer, the top of this program."""
+
+    program: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Told:
-    """What a program is told beside its hidden states; most need none of it.
+    """What a drive is told beside the hidden states; most programs need none of it.
 
     `origin` is for rollouts, `observed`, the active units (ascending) by site, for windows.
+    `experts` says which targets of a mixture are staged at all; None: all of them.
     """
 
     origin: Origin | None = None
     observed: Mapping[int, U32] = field(default_factory=dict)
+    experts: TopExperts | None = None
 
 
 NOTHING_TOLD = Told()

@@ -289,7 +289,7 @@ class Drive:
         self._queue.submit(entries.unload_program(program), entries.nothing).result()
 
     def programs(self) -> list[dict[str, Any]]:
-        """What is loaded: program, kind, model, bytes, active, layers of each."""
+        """What is loaded: program, kind, model, role, bytes, active, layers of each."""
         listed: list[dict[str, Any]] = self.identify(Cns.PROGRAMS)["programs"]
         return listed
 

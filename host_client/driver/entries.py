@@ -221,6 +221,7 @@ def predict_and_stage(
         release=release,
         observed=_observed(told),
         origin=_origin(told),
+        experts=_experts(told),
     )
     what = f"PREDICT_AND_STAGE of model {model}"
     return _compute(what, ComputeOpcode.PREDICT_AND_STAGE, predict_and_stage=body)
@@ -258,6 +259,12 @@ def _origin(told: Told) -> pb.HiddenOrigin | None:
     if told.origin is None:
         return None
     return pb.HiddenOrigin(layer=told.origin.layer, behind_attention=told.origin.behind_attention)
+
+
+def _experts(told: Told) -> pb.TopExperts | None:
+    if told.experts is None:
+        return None
+    return pb.TopExperts(program=told.experts.program, count=told.experts.count)
 
 
 def _rows(values: F32) -> int:

@@ -7,7 +7,8 @@ memory, and a file that ends early would be a SIGBUS instead of an error.
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -82,6 +83,16 @@ class StoredTensor:
         """The bytes of rows [start, stop)."""
         offset = self.offset_bytes + start * self.row_bytes
         return self.file.read(offset, (stop - start) * self.row_bytes, f"tensor {self.name}")
+
+    def part(self, name: str, start: int, rows: int) -> "StoredTensor":
+        """Rows of the last dimension, [rows, columns] from number `start` on, as a tensor.
+
+        Of a vector, so many values.
+        """
+        row_bytes = self.row_bytes // prod(self.shape[1:-1])
+        offset_bytes = self.offset_bytes + start * row_bytes
+        shape = (rows, *self.shape[-1:]) if len(self.shape) > 1 else (rows,)
+        return replace(self, name=name, shape=shape, offset_bytes=offset_bytes, row_bytes=row_bytes)
 
 
 class TensorFile:

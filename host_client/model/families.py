@@ -54,6 +54,7 @@ class SiteShape:
     width: int
     pieces: tuple[Piece, ...]
     parts: tuple[Part, ...] = ()
+    expert: int = -1  # whose FFN this is, in a mixture
 
     @property
     def stack_rows(self) -> int:
@@ -127,7 +128,7 @@ def _check_tensors(checkpoint: Checkpoint, sites: tuple[SiteShape, ...]) -> None
                 )
 
 
-# ---- LLaMA -----------------------------------------------------------------------------------
+# ---- what decoders have in common ------------------------------------------------------------
 
 
 def llama_shape(config: dict[str, Any]) -> LlamaShape:
@@ -151,11 +152,14 @@ def llama_shape(config: dict[str, Any]) -> LlamaShape:
     )
 
 
-def check_llama(config: dict[str, Any]) -> None:
+def _check_decoder(config: dict[str, Any], *refused: str) -> None:
     """Raises UnsupportedModel for options that the units have no place for."""
-    for key in ("attention_bias", "mlp_bias"):
+    for key in refused:
         if config.get(key):
-            raise UnsupportedModel(f"config: {key} is set; LLaMA models with biases do not pack")
+            raise UnsupportedModel(
+                f"config: {key} is set; models of the family {config['model_type']} with such "
+                "biases do not pack"
+            )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise UnsupportedModel(f"config: hidden_act is {activation!r}; only silu is supported")
@@ -166,29 +170,62 @@ def check_llama(config: dict[str, Any]) -> None:
         )
 
 
-def llama_sites(config: dict[str, Any]) -> Iterator[SiteShape]:
+Vectors = dict[str, tuple[str, int]]  # part -> tensor behind a layer's prefix, values
+VectorsOf = Callable[[dict[str, Any], LlamaShape], Vectors]
+FfnsOf = Callable[[int, dict[str, Any], LlamaShape], Iterator[SiteShape]]
+
+
+def _layer_norms(config: dict[str, Any], shape: LlamaShape) -> Vectors:
+    return {
+        "input_norm": ("input_layernorm.weight", shape.hidden),
+        "post_attention_norm": ("post_attention_layernorm.weight", shape.hidden),
+    }
+
+
+def _with_biases(config: dict[str, Any], shape: LlamaShape) -> Vectors:
+    """And biases of query, key and value."""
+    keys = shape.kv_heads * shape.head_dim
+    return _layer_norms(config, shape) | {
+        "q_bias": ("self_attn.q_proj.bias", shape.heads * shape.head_dim),
+        "k_bias": ("self_attn.k_proj.bias", keys),
+        "v_bias": ("self_attn.v_proj.bias", keys),
+    }
+
+
+def _with_biases_if_set(config: dict[str, Any], shape: LlamaShape) -> Vectors:
+    if config.get("attention_bias", True):
+        return _with_biases(config, shape)
+    return _layer_norms(config, shape)
+
+
+def _with_head_norms(config: dict[str, Any], shape: LlamaShape) -> Vectors:
+    """And norms of each head's query and key."""
+    return _layer_norms(config, shape) | {
+        "q_norm": ("self_attn.q_norm.weight", shape.head_dim),
+        "k_norm": ("self_attn.k_norm.weight", shape.head_dim),
+    }
+
+
+def _one_ffn(layer: int, config: dict[str, Any], shape: LlamaShape) -> Iterator[SiteShape]:
+    gate, up, down = (f"model.layers.{layer}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+    yield _ffn(layer, gate, up, down, shape)
+
+
+def _decoder(
+    config: dict[str, Any], vectors: VectorsOf = _layer_norms, ffns: FfnsOf = _one_ffn
+) -> Iterator[SiteShape]:
     """The embedding, each layer's norms, kv, heads and ffn, the last norm, the output head."""
     shape = llama_shape(config)
     yield _rows(Role.EMBED, "model.embed_tokens.weight", shape)
     for layer in range(shape.layers):
-        yield from _llama_layer(layer, f"model.layers.{layer}", shape)
-    yield _norms(Role.FINAL_NORM, -1, {"norm": "model.norm.weight"}, shape)
+        prefix = f"model.layers.{layer}"
+        yield _vectors(Role.NORMS, layer, f"{prefix}.", vectors(config, shape))
+        yield _kv(layer, f"{prefix}.self_attn", shape)
+        yield _heads(layer, f"{prefix}.self_attn", shape)
+        yield from ffns(layer, config, shape)
+    yield _vectors(Role.FINAL_NORM, -1, "", {"norm": ("model.norm.weight", shape.hidden)})
     if not shape.tied:
         yield _rows(Role.LM_HEAD, "lm_head.weight", shape)
-
-
-def _llama_layer(layer: int, prefix: str, shape: LlamaShape) -> Iterator[SiteShape]:
-    norms = {
-        name: f"{prefix}.{tensor}.weight"
-        for name, tensor in (
-            ("input_norm", "input_layernorm"),
-            ("post_attention_norm", "post_attention_layernorm"),
-        )
-    }
-    yield _norms(Role.NORMS, layer, norms, shape)
-    yield _kv(layer, f"{prefix}.self_attn", shape)
-    yield _heads(layer, f"{prefix}.self_attn", shape)
-    yield _ffn(layer, f"{prefix}.mlp", shape)
 
 
 def _rows(role: Role, tensor: str, shape: LlamaShape) -> SiteShape:
@@ -197,12 +234,12 @@ def _rows(role: Role, tensor: str, shape: LlamaShape) -> SiteShape:
     return SiteShape(role, UnitKind.ROW, -1, shape.vocabulary, 1, width, width, (piece,))
 
 
-def _norms(role: Role, layer: int, tensors: dict[str, str], shape: LlamaShape) -> SiteShape:
-    width = shape.hidden
-    pieces = tuple(Piece(tensor, (width,), 1) for tensor in tensors.values())
-    parts = tuple(Part(name=name, shape=(width,)) for name in tensors)
-    cols = len(pieces) * width
-    return SiteShape(role, UnitKind.TENSOR, layer, 1, 1, cols, width, pieces, parts)
+def _vectors(role: Role, layer: int, prefix: str, vectors: Vectors) -> SiteShape:
+    """Norms and biases, one behind the other."""
+    pieces = tuple(Piece(prefix + tensor, (size,), size) for tensor, size in vectors.values())
+    parts = tuple(Part(name=name, shape=(size,)) for name, (_, size) in vectors.items())
+    cols = sum(size for _, size in vectors.values())
+    return SiteShape(role, UnitKind.TENSOR, layer, 1, 1, cols, 1, pieces, parts)
 
 
 def _kv(layer: int, prefix: str, shape: LlamaShape) -> SiteShape:
@@ -222,12 +259,69 @@ def _heads(layer: int, prefix: str, shape: LlamaShape) -> SiteShape:
     return SiteShape(Role.HEADS, UnitKind.HEAD, layer, count, 2 * rows, width, width, pieces)
 
 
-def _ffn(layer: int, prefix: str, shape: LlamaShape) -> SiteShape:
+def _ffn(
+    layer: int, gate: str, up: str, down: str, shape: LlamaShape, expert: int = -1
+) -> SiteShape:
+    """`gate`, `up` and `down` are names of linear layers."""
     count, width = shape.ffn, shape.hidden
-    gate = Piece(f"{prefix}.gate_proj.weight", (count, width), 1)
-    up = Piece(f"{prefix}.up_proj.weight", (count, width), 1)
-    down = Piece(f"{prefix}.down_proj.weight", (width, count), 1, columns=True)
-    return SiteShape(Role.FFN, UnitKind.NEURON, layer, count, 3, width, width, (gate, up, down))
+    pieces = (
+        Piece(f"{gate}.weight", (count, width), 1),
+        Piece(f"{up}.weight", (count, width), 1),
+        Piece(f"{down}.weight", (width, count), 1, columns=True),
+    )
+    kind = UnitKind.NEURON
+    return SiteShape(Role.FFN, kind, layer, count, 3, width, width, pieces, expert=expert)
 
 
-FAMILIES = {"llama": Family(check_llama, llama_sites)}
+# ---- mixtures --------------------------------------------------------------------------------
+
+
+def _expert_count(config: dict[str, Any]) -> int:
+    """Raises InvalidConfig unless a token's experts are as many as there are, or fewer."""
+    experts, used = config.get("num_local_experts"), config.get("num_experts_per_tok")
+    if not isinstance(experts, int) or not isinstance(used, int) or not 1 <= used <= experts:
+        raise InvalidConfig(
+            f"config: num_experts_per_tok is {used!r} of num_local_experts {experts!r}; "
+            "a token's experts are one at least, and not more than there are"
+        )
+    return experts
+
+
+def _experts(layer: int, config: dict[str, Any], shape: LlamaShape) -> Iterator[SiteShape]:
+    """A router, and an FFN for each expert."""
+    experts, block = _expert_count(config), f"model.layers.{layer}.block_sparse_moe"
+    router = Piece(f"{block}.gate.weight", (experts, shape.hidden), 1)
+    width = shape.hidden
+    yield SiteShape(Role.ROUTER, UnitKind.ROW, layer, experts, 1, width, width, (router,))
+    for expert in range(experts):
+        names = f"{block}.experts.{expert}"
+        yield _ffn(layer, f"{names}.w1", f"{names}.w3", f"{names}.w2", shape, expert)
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+
+def _family(
+    *refused: str,
+    vectors: VectorsOf = _layer_norms,
+    ffns: FfnsOf = _one_ffn,
+    **defaults: Any,
+) -> Family:
+    """A decoder. `defaults` are of config fields, where transformers has others than LLaMA's."""
+
+    def check(config: dict[str, Any]) -> None:
+        _check_decoder(defaults | config, *refused)
+
+    def sites(config: dict[str, Any]) -> Iterator[SiteShape]:
+        return _decoder(defaults | config, vectors, ffns)
+
+    return Family(check, sites)
+
+
+FAMILIES = {
+    "llama": _family("attention_bias", "mlp_bias"),
+    "qwen2": _family(vectors=_with_biases),
+    "qwen3": _family("attention_bias", vectors=_with_head_norms, head_dim=128),
+    "glm": _family(vectors=_with_biases_if_set, head_dim=128, num_key_value_heads=2),
+    "mixtral": _family(ffns=_experts),
+}

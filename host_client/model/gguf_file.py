@@ -26,6 +26,7 @@ from host_client.model.checkpoint import (
 )
 from host_client.model.errors import InvalidConfig, MissingTensor, UnknownFamily, UnsupportedModel
 from host_client.model.gguf_header import ArrayLength, GgufHeader, read_header
+from host_client.model.naming import by_table
 
 _CONFIG_FIELDS = {
     "block_count": "num_hidden_layers",
@@ -38,7 +39,10 @@ _CONFIG_FIELDS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
     "rope.dimension_count": "head_dim",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
 }
+_ROPE_THETA = 10000.0  # what llama.cpp takes for a file that does not say
 _TOKEN_FIELDS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
@@ -60,8 +64,14 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.w2",
 }
+_EXPERT_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
+_EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight")
 _INTERLEAVED = re.compile(r".*\.self_attn\.([qk])_proj\.(weight|bias)")
 
 
@@ -78,7 +88,9 @@ class GgufFile:
             self._file.close()
             raise
         self._raw_header = header.raw
-        self._tensors = {_rename(name): tensor for name, tensor in header.tensors.items()}
+        self._stored = tuple(header.tensors.values())
+        named = {_rename(name): tensor for name, tensor in header.tensors.items()}
+        self._tensors = by_table(named, self.config)
 
     @property
     def source(self) -> str:
@@ -119,7 +131,7 @@ class GgufFile:
             raise MissingTensor(f"{self._file.path} has no tensor for {name}") from None
 
     def digest(self) -> str:
-        return sample_digest([self._raw_header], self._tensors.values())
+        return sample_digest([self._raw_header], self._stored)
 
     def close(self) -> None:
         self._file.close()
@@ -141,6 +153,10 @@ def _rename(name: str) -> str:
     match = _LAYER_TENSOR.fullmatch(name)
     if match is not None and match[2] in _LAYER_NAMES:
         return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    expert = _EXPERT_TENSOR.fullmatch(name)  # files of before experts were stacked
+    if expert is not None:
+        which = _EXPERT_NAMES[expert[2]]
+        return f"model.layers.{expert[1]}.block_sparse_moe.experts.{expert[3]}.{which}.weight"
     return _GLOBAL_NAMES.get(name, name)
 
 
@@ -165,7 +181,7 @@ def _config(path: Path, header: GgufHeader) -> dict[str, Any]:
         )
     config: dict[str, Any] = {
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "model_type": architecture,
+        "model_type": "mixtral" if _is_mixture(header) else architecture,
     }
     prefixed = [(f"{architecture}.{key}", name) for key, name in _CONFIG_FIELDS.items()]
     prefixed += [(f"tokenizer.ggml.{key}", name) for key, name in _TOKEN_FIELDS.items()]
@@ -178,7 +194,14 @@ def _config(path: Path, header: GgufHeader) -> dict[str, Any]:
     if not isinstance(heads, int):
         raise InvalidConfig(f"{path} does not say {architecture}.attention.head_count")
     config.setdefault("num_key_value_heads", heads)
+    if _is_mixture(header):
+        config.setdefault("rope_theta", _ROPE_THETA)  # transformers has another default for them
     return config
+
+
+def _is_mixture(header: GgufHeader) -> bool:
+    """llama.cpp calls Mixtral a `llama` with experts."""
+    return bool(header.fields.get("llama.expert_count"))
 
 
 def _dequantise(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:

@@ -142,6 +142,7 @@ def _place_sites(shapes: Sequence[SiteShape], start: int) -> tuple[Site, ...]:
             offset_bytes=offset,
             first_crc=first_crc,
             parts=shape.parts,
+            expert=shape.expert,
         )
         for index, (shape, offset, first_crc) in enumerate(
             zip(shapes, offsets, first_crcs, strict=False)

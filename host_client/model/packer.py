@@ -92,7 +92,8 @@ def pack(
     if BLOCK_BYTES % storage.block_bytes:
         raise UnsupportedModel(f"the drive has blocks of {storage.block_bytes}, not {BLOCK_BYTES}")
     shapes = family_sites(checkpoint)
-    draft = _draft(checkpoint, name, dtype or checkpoint.dtype, copies)
+    extended = any(shape.expert >= 0 for shape in shapes)
+    draft = _draft(checkpoint, name, dtype or checkpoint.dtype, copies, extended)
     entry = read_directory(storage).find(name)
     if entry is not None and entry.fingerprint != draft.fingerprint:
         _give_way(storage, entry, checkpoint, replace)
@@ -122,10 +123,12 @@ class _Job:
         return self.layout.model
 
 
-def _draft(checkpoint: Checkpoint, name: str, dtype: Dtype, copies: int) -> PackedModel:
+def _draft(
+    checkpoint: Checkpoint, name: str, dtype: Dtype, copies: int, extended: bool
+) -> PackedModel:
     """The manifest as far as it does not depend on the drive."""
     return PackedModel(
-        format_version=manifest_version(copies),
+        format_version=manifest_version(copies, extended),
         name=name,
         family=checkpoint.config["model_type"],
         config=checkpoint.config,

@@ -28,6 +28,8 @@ from host_client.model.errors import (
     TornFile,
     UnsupportedModel,
 )
+from host_client.model.foreign_configs import as_transformers
+from host_client.model.naming import by_table
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -45,23 +47,25 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.config = _read_config(folder)
+        own_config = _read_config(folder)
+        self.config = as_transformers(own_config)
         self._files: list[TensorFile] = []
         self._headers: list[bytes] = []
-        self._tensors: dict[str, StoredTensor] = {}
+        self._stored: dict[str, StoredTensor] = {}
         try:
             for path in _weight_files(folder):
                 self._add(path)
         except BaseException:
             self.close()
             raise
+        self._tensors = by_table(self._stored, own_config)
 
     def _add(self, path: Path) -> None:
         file = TensorFile(path)
         self._files.append(file)
         header, tensors = _read_header(file)
         self._headers.append(header)
-        self._tensors.update(tensors)
+        self._stored.update(tensors)
 
     @property
     def source(self) -> str:
@@ -95,7 +99,7 @@ class SafetensorsFolder:
             raise MissingTensor(f"{self._folder} has no tensor {name}") from None
 
     def digest(self) -> str:
-        return sample_digest(self._headers, self._tensors.values())
+        return sample_digest(self._headers, self._stored.values())
 
     def close(self) -> None:
         for file in self._files:

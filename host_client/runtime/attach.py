@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from csd_protocol.packed import PackedModel, Role, Site
 from host_client.runtime import kernels
+from host_client.runtime.biased import Biased
 from host_client.runtime.engine import Engine
 from host_client.runtime.layers import (
     Projection,
@@ -25,8 +26,10 @@ from host_client.runtime.layers import (
     StagedProjection,
 )
 from host_client.runtime.notes import Place
+from host_client.runtime.staged_experts import StagedExperts
 
-ATTACHABLE = ("llama",)
+ATTACHABLE = ("llama", "qwen2", "qwen3", "glm", "mixtral")
+_BIASES = {Projection.QUERY: "q_bias", Projection.KEY: "k_bias", Projection.VALUE: "v_bias"}
 
 
 def config_of(packed: PackedModel) -> PretrainedConfig:
@@ -62,12 +65,25 @@ def attach(model: PreTrainedModel, engine: Engine) -> None:
 
 
 def _attach_layer(layer: Any, number: int, engine: Engine) -> None:
+    vectors = _parts(engine, engine.model.find(Role.NORMS, number))
     for projection in Projection:
-        setattr(layer.self_attn, projection.value, StagedProjection(engine, number, projection))
-    layer.mlp = StagedFfn(engine, number)
-    norms = _parts(engine, engine.model.find(Role.NORMS, number))
-    layer.input_layernorm.weight = _parameter(norms["input_norm"])
-    layer.post_attention_layernorm.weight = _parameter(norms["post_attention_norm"])
+        staged: nn.Module = StagedProjection(engine, number, projection)
+        bias = vectors.get(_BIASES.get(projection, ""))
+        staged = staged if bias is None else Biased(staged, bias)
+        setattr(layer.self_attn, projection.value, staged)
+    for name in ("q_norm", "k_norm"):
+        if name in vectors:
+            getattr(layer.self_attn, name).weight = _parameter(vectors[name])
+    if engine.experts is None:
+        layer.mlp = StagedFfn(engine, number)
+    else:
+        router = engine.resident[engine.model.find(Role.ROUTER, number).site]
+        weight = np.empty(router.values.shape, np.float32)
+        kernels.widen_rows(router.values, None, weight, engine.bf16)
+        layer.mlp.gate.weight = _parameter(torch.from_numpy(weight))
+        layer.mlp.experts = StagedExperts(engine, engine.experts, number)
+    layer.input_layernorm.weight = _parameter(vectors["input_norm"])
+    layer.post_attention_layernorm.weight = _parameter(vectors["post_attention_norm"])
     layer.register_forward_pre_hook(_entry_hook(number, engine), with_kwargs=True)
     layer.post_attention_layernorm.register_forward_pre_hook(_attended_hook(number, engine))
 

@@ -23,8 +23,10 @@ from host_client.runtime.attach import attach, skeleton
 from host_client.runtime.audit import Auditor
 from host_client.runtime.checksums import Checksums
 from host_client.runtime.copies import Copies, read_checksums
-from host_client.runtime.engine import Engine
+from host_client.runtime.engine import Engine, steps_room_bytes
+from host_client.runtime.experts import Experts
 from host_client.runtime.fetch import Fetcher
+from host_client.runtime.gating import Gating, choose_gating
 from host_client.runtime.guidance import Guidance, Programs, choose_guidance
 from host_client.runtime.layers import StagedFfn
 from host_client.runtime.plan import BUFFERS, Plan, make_plan, parse_budget
@@ -50,17 +52,22 @@ class CsdRuntime:
     copies: Copies
     reader: WindowReader
     weights_bytes: int  # host memory that was allocated for units and staging buffers
-    guidance: Guidance | None  # None at exact quality
+    guidance: Guidance | None  # None at exact quality, and of a mixture
+    gating: Gating | None  # of a mixture
     owned: ExitStack = field(default_factory=ExitStack)
 
     @property
     def predictor(self) -> str | None:
-        """Kind of the program that guides; None at exact quality."""
+        """Kind of the program that guides; None where none does."""
+        if self.gating is not None:
+            return self.gating.predictor
         return self.guidance.near.kind if self.guidance is not None else None
 
     @property
     def lookahead(self) -> int | None:
-        """Layers ahead that it is asked; None at exact quality."""
+        """Layers ahead that it is asked; None where none is."""
+        if self.gating is not None and self.gating.gate is not None:
+            return 1
         return self.guidance.near.lookahead if self.guidance is not None else None
 
     def close(self) -> None:
@@ -150,23 +157,37 @@ def _start(
 ) -> CsdRuntime:
     """Load what is resident and start prefetching; what has to be undone goes to `undo`."""
     model_id, packed = open_model(drive, name)
-    plan = make_plan(packed, parse_budget(dram, packed), settings.context)
-    programs = Programs(drive, model_id, packed)
-    guidance = choose_guidance(
-        programs, name, settings.quality, settings.lookahead, settings.predictor
-    )
+    frequencies = read_frequencies(drive, packed)
+    plan = make_plan(packed, parse_budget(dram, packed), settings.context, frequencies)
+    guidance = gating = None
+    if packed.experts:
+        gating = choose_gating(drive, packed, settings.quality, settings.predictor)
+    else:
+        programs = Programs(drive, model_id, packed)
+        guidance = choose_guidance(
+            programs, name, settings.quality, settings.lookahead, settings.predictor
+        )
     tally = Tally()
     readers = [
         undo.enter_context(WindowReader(lambda: open_reader(drive.window_path, settings.reader)))
-        for _ in range(2)
+        for _ in range(3 if packed.experts else 2)
     ]
     checksums = Checksums(packed, read_checksums(drive, packed))
     copies = Copies(drive, model_id, packed)
     fetcher = Fetcher(drive, copies, readers[0], checksums, tally)
-    resident = load_resident(packed, plan, fetcher, read_frequencies(drive, packed), progress)
+    resident = load_resident(packed, plan, fetcher, frequencies, progress)
     buffers = [Buffer(plan.buffer_bytes) for _ in range(BUFFERS)]
     prefetcher = Prefetcher(drive, copies, readers[1], checksums, resident, buffers, tally)
     undo.callback(prefetcher.close)
+    experts = None
+    if gating is not None:
+        expert_buffers = [Buffer(plan.expert_buffer_bytes) for _ in range(BUFFERS)]
+        buffers = [*buffers, *expert_buffers]
+        lane = Prefetcher(drive, copies, readers[2], checksums, resident, expert_buffers, tally)
+        undo.callback(lane.close)
+        room_bytes = steps_room_bytes(drive, packed)
+        kept, now_ns = settings.quality.kept, time.perf_counter_ns
+        experts = Experts(packed, plan, resident, lane, gating, kept, room_bytes, tally, now_ns)
     engine = Engine(
         drive,
         model_id,
@@ -177,12 +198,15 @@ def _start(
         fetcher,
         settings.quality,
         guidance,
+        experts,
         tally,
         time.perf_counter_ns,
     )
     undo.callback(engine.abandon)
     weights = _allocated(resident, buffers) + plan.fetch_buffer_bytes
-    return CsdRuntime(drive, packed, plan, engine, tally, copies, readers[1], weights, guidance)
+    return CsdRuntime(
+        drive, packed, plan, engine, tally, copies, readers[1], weights, guidance, gating
+    )
 
 
 def _allocated(resident: dict[int, ResidentSite], buffers: list[Buffer]) -> int:

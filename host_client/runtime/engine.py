@@ -22,6 +22,7 @@ from csd_protocol.units import format_size
 from host_client.driver import Drive, PendingCommand
 from host_client.driver.commands import Origin
 from host_client.io import Buffer
+from host_client.runtime.experts import Experts
 from host_client.runtime.fetch import WINDOW_SHARE, Fetcher
 from host_client.runtime.guidance import Guidance
 from host_client.runtime.kernels import NARROW_ROWS
@@ -78,6 +79,7 @@ class Engine:
         fetcher: Fetcher,
         quality: Quality,
         guidance: Guidance | None,
+        experts: Experts | None,
         tally: Tally,
         now_ns: Callable[[], int],
     ) -> None:
@@ -87,6 +89,7 @@ class Engine:
         self.head = head_site(model)
         self._fetcher, self._prefetcher = fetcher, prefetcher
         self._guidance = guidance
+        self.experts = experts  # of a mixture
         self._now_ns = now_ns
         self._fetch_buffer = Buffer(plan.fetch_buffer_bytes)
         self._steps = self._steps_of(guided=False)
@@ -95,7 +98,7 @@ class Engine:
         self._place, self._text = Place(), Text()
         self._token = 0  # the position of the pass's first token, as programs count
         self._layers = model.layer_count
-        self._ahead = _steps_ahead(drive.window_bytes, self._steps)
+        self._ahead = _steps_ahead(steps_room_bytes(drive, model), self._steps)
         self._next = 0  # the step to request next
         self._guided = False
         self._current: Arrival | None = None
@@ -115,11 +118,15 @@ class Engine:
         if self._prefetcher.next_number is None:
             self._next = 0
         self._guided = guided
+        if self.experts is not None:
+            self.experts.begin(is_guided=rows <= GUIDED_TOKENS_MAX)
         self._pump()
 
     def record(self, timeline: HostTimeline | None) -> None:
         """Waits, commands and reads go into this timeline from here on; None: into none."""
         self._prefetcher.timeline = timeline
+        if self.experts is not None:
+            self.experts.record(timeline)
 
     def tell_residency(self) -> None:
         """Say what this model holds, unless it was the last to speak of its packed model."""
@@ -151,23 +158,22 @@ class Engine:
         if self._takes_note and self._notes is not None:
             self._notes.send(layer, self._token, hidden[self._place.padding :])
         self._request_guided(Origin(layer), hidden)
+        if self.experts is not None:
+            self.experts.enter(layer, self.position, hidden)
 
     def attended(self, layer: int, hidden: F32) -> None:
         """The hidden state [rows, hidden] behind the attention of `layer`: request what follows."""
         self._request_guided(Origin(layer, behind_attention=True), hidden)
+        if self.experts is not None:
+            self.experts.attended(hidden)
 
     def block(self, site: Site) -> Block | None:
         """The staged part of a site of the current layer, waiting for it; None: nothing staged."""
-        if self._arrived_layer != site.layer:
-            self._current = self._take(site.layer)
-            self._arrived_layer = site.layer
-        assert self._current is not None, "a layer is taken before its blocks are asked for"
-        return self._current.blocks.get(site.site)
+        return self._arrived(site.layer).blocks.get(site.site)
 
     def leave(self, layer: int) -> None:
         """The layer's FFN is computed: its buffer is free."""
-        if self._arrived_layer != layer:
-            self.block(self.model.find(Role.FFN, layer))
+        self._arrived(layer)
         self._release_current()
         if layer == self._layers - 1 and self._notes is not None:
             self._notes.settle()
@@ -187,6 +193,8 @@ class Engine:
     def abandon(self) -> None:
         """Forget a pass that was broken off, so that the next one starts clean."""
         self._drop()
+        if self.experts is not None:
+            self.experts.drop()
         self._threads.restore()
 
     # ---- what was left out -------------------------------------------------------------------
@@ -267,7 +275,7 @@ class Engine:
             [
                 Wanted(site, keep=self.kept_of(site) if guided else 1.0)
                 for site in self.model.sites
-                if site.layer == layer and self.resident[site.site].missing.size
+                if site.layer == layer and site.expert < 0 and self.resident[site.site].missing.size
             ]
             for layer in range(self.model.layer_count)
         ]
@@ -327,7 +335,7 @@ class Engine:
             steps = self._steps[self._next : self._next + burst]
             self._prefetcher.request(steps)
             self._next += len(steps)
-            if self._next == len(self._steps) and self.quality.exact:
+            if self._next == len(self._steps) and self._guidance is None:
                 self._next = 0
 
     def _may_request(self) -> bool:
@@ -347,6 +355,14 @@ class Engine:
         if self._prefetcher.timeline is not None:
             self._prefetcher.timeline.note(COMPUTE, f"wait for step {number}", started_ns)
         return arrival
+
+    def _arrived(self, layer: int) -> Arrival:
+        """The current layer's step, waiting for it."""
+        if self._arrived_layer != layer:
+            self._current = self._take(layer)
+            self._arrived_layer = layer
+        assert self._current is not None, "a layer is taken before its blocks are asked for"
+        return self._current
 
     def _release_current(self) -> None:
         if self._current is not None:
@@ -370,14 +386,18 @@ def _missing_bytes(wanted: list[Wanted], resident: dict[int, ResidentSite]) -> i
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 
-def _steps_ahead(window_bytes: int, steps: list[Step]) -> int:
+def steps_room_bytes(drive: Drive, model: PackedModel) -> int:
+    """What the window has for the engine's steps; as much again for experts, in a mixture."""
+    room_bytes = drive.window_bytes - drive.window_bytes // WINDOW_SHARE
+    return room_bytes // 2 if model.experts else room_bytes
+
+
+def _steps_ahead(room_bytes: int, steps: list[Step]) -> int:
     """How many steps may lie in the window at once. Raises WindowTooSmall when not even one."""
     largest = max(step.bytes_max for step in steps)
-    room_bytes = window_bytes - window_bytes // WINDOW_SHARE
     if largest > room_bytes:
         raise WindowTooSmall(
-            f"one layer needs {format_size(largest)} of the drive's window at a time; of its "
-            f"{format_size(window_bytes)}, {format_size(room_bytes)} are for that. Enlarge the "
-            f"window or the DRAM budget"
+            f"one layer needs {format_size(largest)} of the drive's window at a time; "
+            f"{format_size(room_bytes)} of it are for that. Enlarge the window or the DRAM budget"
         )
     return max(1, min(STEPS_AHEAD_MAX, room_bytes // max(1, largest)))

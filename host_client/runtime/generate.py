@@ -57,6 +57,7 @@ class GenerationReport(BaseModel):
     recovered_units: int
     host_wait_s: float
     recall: float | None
+    expert_recall: float | None
     covered: float | None
     reader: str
     drive: DriveReport
@@ -159,6 +160,7 @@ def generate(
         recovered_units=runtime.copies.recovered_units,
         host_wait_s=whole.wait_ns / NS_PER_S,
         recall=whole.recall,
+        expert_recall=whole.expert_recall,
         covered=whole.covered,
         reader=runtime.reader.name,
         drive=_drive_report(whole),

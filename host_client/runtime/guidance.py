@@ -66,7 +66,7 @@ class Guidance:
 
 
 class Programs:
-    """One model's programs on a drive, of those that are active and score all of its layers."""
+    """One model's programs on a drive, of those that are active and score all of its FFNs."""
 
     def __init__(self, drive: Drive, model_id: int, packed: PackedModel) -> None:
         self._drive, self._model_id, self._packed = drive, model_id, packed
@@ -74,7 +74,9 @@ class Programs:
         self.by_kind: dict[str, int] = {
             entry["kind"]: entry["program"]
             for entry in drive.programs()
-            if entry["active"] and entry["model"] == packed.name and layers <= {*entry["layers"]}
+            if entry["active"]
+            and (entry["model"], entry["role"]) == (packed.name, Role.FFN)
+            and layers <= {*entry["layers"]}
         }
 
     def __str__(self) -> str:
@@ -86,7 +88,7 @@ class Programs:
 
         Raises CommandFailed (On-Drive DRAM Exceeded) with the figures.
         """
-        nothing = np.zeros((1, self._packed.find(Role.FFN, 0).cols), np.float32)
+        nothing = np.zeros((1, self._packed.ffns()[0].cols), np.float32)
         told = Told(Origin(0))
         self._drive.execute_program(program, self._model_id, 0, nothing, 0.0, told).result()
 

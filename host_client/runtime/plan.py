@@ -10,10 +10,17 @@ each layer so that one pair of buffers serves all of them.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from csd_protocol.packed import PackedModel, Role, Site
+import numpy as np
+import numpy.typing as npt
+
+from csd_protocol.packed import PackedModel, Role, Site, align_up
 from csd_protocol.units import format_size, parse_size
 from host_client.runtime.refusals import BudgetTooSmall, InvalidBudget
 
+U32 = npt.NDArray[np.uint32]
+I64 = npt.NDArray[np.int64]
+
+ALWAYS_RESIDENT = (Role.NORMS, Role.FINAL_NORM, Role.ROUTER)
 BUFFERS = 2  # one layer is read while another computes
 KV_VALUE_BYTES = 4  # float32, as the attention computes
 FETCH_ROWS, FETCH_NEURONS = 64, 128  # what one fetch outside the steps brings at most
@@ -31,16 +38,21 @@ class Plan:
     table_bytes: int  # checksums and unit indexes
     fetch_buffer_bytes: int
     buffer_bytes: int  # of each of BUFFERS staging buffers
+    expert_buffer_bytes: int = 0  # the same for a mixture's experts: those of one token
     resident_units: dict[int, int] = field(default_factory=dict)  # site -> units kept
     resident_bytes: int = 0
     staged_bytes_per_token: int = 0  # exact quality
     weights_bytes: int = 0  # the whole model at 16 bits
 
     @property
+    def staging_bytes(self) -> int:
+        return BUFFERS * (self.buffer_bytes + self.expert_buffer_bytes)
+
+    @property
     def total_bytes(self) -> int:
         return (
             self.resident_bytes
-            + BUFFERS * self.buffer_bytes
+            + self.staging_bytes
             + self.fetch_buffer_bytes
             + self.table_bytes
             + self.kv_bytes
@@ -86,16 +98,19 @@ def head_site(model: PackedModel) -> Site:
 class _Draft:
     """A plan in the making: residency so far, and what it adds up to."""
 
-    def __init__(self, model: PackedModel, context: int) -> None:
+    def __init__(self, model: PackedModel, context: int, frequencies: U32 | None) -> None:
         self.model = model
+        self.ffns = [model.ffns(layer) for layer in range(model.layer_count)]
+        self._hottest = [_by_heat(model, sites, frequencies) for sites in self.ffns]
+        self._experts_of_token = int(model.config["num_experts_per_tok"]) if model.experts else 0
         self.head = head_site(model)
         self.sites_of_layer = [
-            [site for site in model.sites if site.layer == layer]
+            [site for site in model.sites if site.layer == layer and site.expert < 0]
             for layer in range(model.layer_count)
         ]
         self.resident = {site.site: 0 for site in model.sites}
         for site in model.sites:
-            if site.role in (Role.NORMS, Role.FINAL_NORM):
+            if site.role in ALWAYS_RESIDENT:
                 self.resident[site.site] = site.count
         self.kv_bytes = context * kv_bytes_per_token(model)
         self.table_bytes = model.crc_table.length_bytes + 4 * sum(
@@ -103,7 +118,7 @@ class _Draft:
         )
         self.fetch_buffer_bytes = max(
             FETCH_ROWS * model.find(Role.EMBED).unit_bytes,
-            FETCH_NEURONS * model.find(Role.FFN, 0).unit_bytes,
+            FETCH_NEURONS * self.ffns[0][0].unit_bytes,
         )
 
     def missing_bytes(self, site: Site) -> int:
@@ -112,7 +127,23 @@ class _Draft:
     def layer_bytes(self, layer: int) -> int:
         """What one staging of this layer puts into a buffer, each site aligned."""
         sizes = (self.missing_bytes(site) for site in self.sites_of_layer[layer])
-        return sum(-(-size // STAGE_ALIGN_BYTES) * STAGE_ALIGN_BYTES for size in sizes)
+        return sum(align_up(size, STAGE_ALIGN_BYTES) for size in sizes)
+
+    def expert_buffer_bytes(self) -> int:
+        """Room for any experts that one token may choose, of the layer that lacks most."""
+        if not self.model.experts:
+            return 0
+        return max(
+            sum(align_up(size, STAGE_ALIGN_BYTES) for size in self._largest_missing(layer))
+            for layer in range(self.model.layer_count)
+        )
+
+    def _largest_missing(self, layer: int) -> list[int]:
+        sizes = sorted((self.missing_bytes(site) for site in self.ffns[layer]), reverse=True)
+        return sizes[: self._experts_of_token]
+
+    def staging_bytes(self) -> int:
+        return BUFFERS * (self.buffer_bytes() + self.expert_buffer_bytes())
 
     def buffer_bytes(self) -> int:
         layers = max(self.layer_bytes(layer) for layer in range(self.model.layer_count))
@@ -123,12 +154,19 @@ class _Draft:
 
     def staged_bytes(self) -> int:
         layers = sum(self.missing_bytes(site) for sites in self.sites_of_layer for site in sites)
-        return layers + self.missing_bytes(self.head)
+        return layers + self.missing_bytes(self.head) + self.expert_bytes()
+
+    def expert_bytes(self) -> int:
+        """What the experts of one token lack, if it were to choose any as likely as another."""
+        if not self.model.experts:
+            return 0
+        missing = sum(self.missing_bytes(site) for sites in self.ffns for site in sites)
+        return missing * self._experts_of_token // self.model.experts
 
     def total_bytes(self) -> int:
         return (
             self.resident_bytes()
-            + BUFFERS * self.buffer_bytes()
+            + self.staging_bytes()
             + self.fetch_buffer_bytes
             + self.table_bytes
             + self.kv_bytes
@@ -160,6 +198,13 @@ class _Draft:
 
         return keep
 
+    def keep_hottest(self, count: int) -> None:
+        """So many neurons of each layer, of whichever experts."""
+        for sites, owners in zip(self.ffns, self._hottest, strict=True):
+            kept = np.bincount(owners[:count], minlength=len(sites))
+            for site, units in zip(sites, kept.tolist(), strict=True):
+                self.resident[site.site] = units
+
     def keep_units(self, sites: list[Site]) -> Callable[[int], None]:
         def keep(count: int) -> None:
             for site in sites:
@@ -168,22 +213,41 @@ class _Draft:
         return keep
 
 
-def make_plan(model: PackedModel, budget_bytes: int, context: int) -> Plan:
-    """The plan that stages least within `budget_bytes`. Raises BudgetTooSmall."""
-    draft = _Draft(model, context)
+def _by_heat(model: PackedModel, ffns: tuple[Site, ...], frequencies: U32 | None) -> I64:
+    """Whose neuron each is of a layer's, the hottest first: the index in `ffns` of each.
+
+    Where nothing was counted, all FFNs of the layer take turns.
+    """
+    owners = np.repeat(np.arange(len(ffns)), ffns[0].count)
+    if frequencies is None:
+        return owners.reshape(len(ffns), -1).T.reshape(-1)
+    counts = np.concatenate([frequencies[model.program_layer(site)] for site in ffns])
+    hottest: I64 = owners[np.argsort(-counts.astype(np.int64), kind="stable")]
+    return hottest
+
+
+def make_plan(
+    model: PackedModel, budget_bytes: int, context: int, frequencies: U32 | None = None
+) -> Plan:
+    """The plan that stages least within `budget_bytes`. Raises BudgetTooSmall.
+
+    frequencies: how often each neuron was wanted [FFNs, neurons]; they divide a layer's resident
+    neurons among a mixture's experts.
+    """
+    draft = _Draft(model, context, frequencies)
     if draft.total_bytes() > budget_bytes:
         raise BudgetTooSmall(
             budget_bytes,
             draft.total_bytes(),
-            f"the KV cache of {context} tokens ({format_size(draft.kv_bytes)}), two staging "
-            f"buffers ({format_size(BUFFERS * draft.buffer_bytes())}) and norms and tables",
+            f"the KV cache of {context} tokens ({format_size(draft.kv_bytes)}), staging "
+            f"buffers ({format_size(draft.staging_bytes())}) and norms and tables",
         )
     layers = model.layer_count
-    neurons = [model.find(Role.FFN, layer) for layer in range(layers)]
+    neurons = max(sum(site.count for site in sites) for sites in draft.ffns)
     draft.grow(draft.keep_layers_of(Role.KV), layers, budget_bytes)
     draft.grow(draft.keep_layers_of(Role.HEADS), layers, budget_bytes)
     draft.grow(draft.keep_units([draft.head]), draft.head.count, budget_bytes)
-    draft.grow(draft.keep_units(neurons), max(site.count for site in neurons), budget_bytes)
+    draft.grow(draft.keep_hottest, neurons, budget_bytes)
     embed = model.find(Role.EMBED)
     if embed is not draft.head:
         draft.grow(draft.keep_units([embed]), embed.count, budget_bytes)
@@ -194,6 +258,7 @@ def make_plan(model: PackedModel, budget_bytes: int, context: int) -> Plan:
         table_bytes=draft.table_bytes,
         fetch_buffer_bytes=draft.fetch_buffer_bytes,
         buffer_bytes=draft.buffer_bytes(),
+        expert_buffer_bytes=draft.expert_buffer_bytes(),
         resident_units=draft.resident,
         resident_bytes=draft.resident_bytes(),
         staged_bytes_per_token=draft.staged_bytes(),

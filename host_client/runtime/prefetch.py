@@ -150,7 +150,7 @@ class Prefetcher:
         release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
         pending: PendingUnits | None = None
         asked_ns = self.timeline.now_ns() if self.timeline else 0
-        if ask is not None and any(entry.keep < 1.0 for entry in wanted):
+        if ask is not None and (ask.told.experts or any(entry.keep < 1.0 for entry in wanted)):
             pending = self._copies.predict_and_stage(
                 ask.program, ask.token, ask.hidden, targets, release, ask.told
             )

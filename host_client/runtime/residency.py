@@ -37,11 +37,14 @@ class ResidentSite:
         return self.position >= 0
 
 
-def choose_units(site: Site, count: int, frequencies: U32 | None) -> U32:
-    """Which `count` units of a site stay resident, ascending: the most frequent, else the first."""
-    if frequencies is None or site.role is not Role.FFN or count == site.count:
+def choose_units(count: int, frequencies: U32 | None) -> U32:
+    """Which `count` units of a site stay resident, ascending: the most frequent, else the first.
+
+    frequencies: of each unit of the site.
+    """
+    if frequencies is None:
         return np.arange(count, dtype=np.uint32)
-    hottest = np.argsort(-frequencies[site.layer].astype(np.int64), kind="stable")[:count]
+    hottest = np.argsort(-frequencies.astype(np.int64), kind="stable")[:count]
     return np.sort(hottest).astype(np.uint32)
 
 
@@ -52,11 +55,14 @@ def load_resident(
     frequencies: U32 | None,
     progress: Progress,
 ) -> dict[int, ResidentSite]:
-    """Read what the plan keeps, site by site. frequencies: [layers, neurons]."""
+    """Read what the plan keeps, site by site. frequencies: [FFNs, neurons]."""
     resident: dict[int, ResidentSite] = {}
     done_bytes = 0
     for site in model.sites:
-        units = choose_units(site, plan.resident_units[site.site], frequencies)
+        of_site = None
+        if site.role is Role.FFN and frequencies is not None:
+            of_site = frequencies[model.program_layer(site)]
+        units = choose_units(plan.resident_units[site.site], of_site)
         buffer = Buffer(units.size * site.unit_bytes)
         if units.size:
             fetcher.fetch(site, units, buffer)

@@ -26,6 +26,8 @@ class Tally:
     wanted_units: int = 0  # audited: what the true input wanted
     wanted_in_time: int = 0  # audited: of those, what prediction had chosen
     wanted_computed: int = 0  # audited: of those, what was computed: chosen, or resident anyway
+    wanted_experts: int = 0  # that the router chose, of those not all resident; if there is a gate
+    foreseen_experts: int = 0  # of those, what the gate had foreseen
     wait_ns: int = 0  # host: compute waited for staged units
 
     def add_staged(self, staged: Staged) -> None:
@@ -61,6 +63,11 @@ class Tally:
     def covered(self) -> float | None:
         """The same of what was computed: chosen, or resident. None: no audit."""
         return self.wanted_computed / self.wanted_units if self.wanted_units else None
+
+    @property
+    def expert_recall(self) -> float | None:
+        """Of the experts that the router chose, the share that a gate foresaw. None: no gate."""
+        return self.foreseen_experts / self.wanted_experts if self.wanted_experts else None
 
     def snapshot(self) -> "Tally":
         return Tally(**asdict(self))

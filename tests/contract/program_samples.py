@@ -33,7 +33,7 @@ from csd_protocol.program_file import (
 
 MODEL = "m"
 LAYERS, HIDDEN, UNITS, GROUP, RANK, RMS_EPS = 3, 32, 48, 16, 6, 1e-5
-EXPERT_UNITS, WIDTH, INNER, BLOCKS = 8, 16, 24, 2
+WIDTH, INNER, BLOCKS = 16, 24, 2
 SHAPE = AttentionShape(heads=4, kv_heads=2, head_dim=8, rope_theta=1e4, context=6)
 SIGHT_SHAPE = AttentionShape(heads=2, kv_heads=1, head_dim=8, rope_theta=1e4, context=6)
 DECAY, TOKENS = 0.5, 3
@@ -116,7 +116,7 @@ def svd_layer(layer: int) -> SvdLayer:
 
 def gate_layer(layer: int) -> GateLayer:
     seed = 100 * layer + 30
-    return GateLayer(positive(seed, HIDDEN), random(seed + 1, UNITS // EXPERT_UNITS, HIDDEN))
+    return GateLayer(positive(seed, HIDDEN), random(seed + 1, UNITS, HIDDEN))
 
 
 def farsight_body() -> FarsightBody:
@@ -196,11 +196,7 @@ SAMPLES: dict[str, Sample] = {
     "shadow-8": Sample(lambda model: shadow_file(8, model)),
     "rollout": Sample(lambda model: rollout_file(4, model)),
     "farsight": Sample(farsight_file),
-    "gate": Sample(
-        lambda model: encode_gate(
-            model, each(gate_layer), rms_eps=RMS_EPS, expert_units=EXPERT_UNITS
-        )
-    ),
+    "gate": Sample(lambda model: encode_gate(model, each(gate_layer), rms_eps=RMS_EPS)),
     "oracle": Sample(
         lambda model: encode_oracle(model, {n: positive(n, UNITS) for n in range(LAYERS)}),
         width=UNITS,
@@ -361,8 +357,8 @@ def svd_scores(layer: int, hidden: np.ndarray) -> np.ndarray:
 
 def gate_scores(layer: int, hidden: np.ndarray) -> np.ndarray:
     weights = gate_layer(layer)
-    logits = (rms_norm(hidden, weights.norm) @ halved(weights.router).T).max(axis=0)
-    return np.repeat(logits, EXPERT_UNITS)
+    scores: np.ndarray = rms_norm(hidden, weights.norm) @ halved(weights.router).T
+    return scores.max(axis=0)
 
 
 REFERENCES: dict[str, Reference] = {
@@ -391,7 +387,11 @@ def packed_image(name: str = MODEL, model: int = 1) -> bytes:
     sites: list[pk.Site] = []
     pieces: list[tuple[int, bytes]] = []
     tables: list[bytes] = []
-    shapes = ((pk.Role.HEADS, pk.UnitKind.HEAD, 4, 2), (pk.Role.FFN, pk.UnitKind.NEURON, UNITS, 3))
+    shapes = (
+        (pk.Role.HEADS, pk.UnitKind.HEAD, 4, 2),
+        (pk.Role.FFN, pk.UnitKind.NEURON, UNITS, 3),
+        (pk.Role.ROUTER, pk.UnitKind.ROW, UNITS, 1),
+    )
     for layer in range(LAYERS):
         for role, kind, count, rows in shapes:
             first = sum(site.count for site in sites)
@@ -410,7 +410,7 @@ def packed_image(name: str = MODEL, model: int = 1) -> bytes:
     manifest = pk.encode_manifest(
         pk.PackedModel(
             name=name, family="llama", config={}, dtype="float16", source="test", fingerprint="f",
-            sites=tuple(sites), crc_table=table,
+            sites=tuple(sites), crc_table=table, format_version=pk.EXTENDED_VERSION,
         )
     )  # fmt: skip
     assert len(manifest) <= pk.BLOCK_BYTES
@@ -433,8 +433,13 @@ def packed_image(name: str = MODEL, model: int = 1) -> bytes:
 
 
 def ffn_site(layer: int) -> int:
-    return 2 * layer + 1
+    return 3 * layer + 1
+
+
+def site_of(kind: str, layer: int) -> int:
+    """Which site a program of this kind speaks for, unless it says another."""
+    return 3 * layer + 2 if kind == "gate" else ffn_site(layer)
 
 
 def heads_site(layer: int) -> int:
-    return 2 * layer
+    return 3 * layer

@@ -35,6 +35,7 @@ from program_samples import (
     rms_norm,
     rollout_file,
     shadow_file,
+    site_of,
 )
 from safetensors.numpy import load, save
 
@@ -552,7 +553,7 @@ def test_life_on_a_drive(kind: str, open_drive: OpenDrive, monkeypatch: pytest.M
     assert listed[0]["kind"] == kind.partition("-")[0]
     assert dram(drive)[f"program.{PROGRAM}"] == len(data)
     assert chosen_units(drive, kind) == best_units(kind)
-    target = StageTarget(ffn_site(LAYER), keep=0.25)
+    target = StageTarget(site_of(kind, LAYER), keep=0.25)
     staged = drive.predict_and_stage(1, PROGRAM, 0, input_of(kind, 2), [target], told=TOLD).result()
     assert staged.sites[0].predicted.tolist() == best_units(kind)
     assert staged.timing.program_ns > 0
@@ -591,7 +592,7 @@ def test_hostile_files_leave_the_drive_going(kind: str, open_drive: OpenDrive) -
 def test_a_program_of_another_model_is_refused(kind: str, open_drive: OpenDrive) -> None:
     drive = open_drive()
     drive.load_program(PROGRAM, file_of(kind, model="another"))
-    hidden, target = input_of(kind, 2), StageTarget(ffn_site(LAYER), keep=0.25)
+    hidden, target = input_of(kind, 2), StageTarget(site_of(kind, LAYER), keep=0.25)
     calls = [
         lambda: chosen_units(drive, kind),
         lambda: drive.predict_and_stage(1, PROGRAM, 0, hidden, [target], told=TOLD).result(),

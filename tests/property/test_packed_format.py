@@ -67,6 +67,7 @@ def manifests(draw: st.DrawFn) -> PackedModel:
                 role=role,
                 kind=draw(st.sampled_from(UnitKind)),
                 layer=draw(st.integers(-1, 5)),
+                expert=draw(st.integers(-1, 3)),
                 count=draw(st.integers(1, 1000)),
                 rows=rows,
                 cols=cols,
@@ -78,8 +79,7 @@ def manifests(draw: st.DrawFn) -> PackedModel:
     table = Extent(offset_bytes=0, length_bytes=4 * sum(site.count for site in sites))
     copies = draw(st.integers(1, COPIES_MAX))
     end = max(site.offset_bytes + site.length_bytes for site in sites)
-    return PackedModel(
-        format_version=manifest_version(copies),
+    model = PackedModel(
         copies=copies,
         copy_stride_bytes=align_up(end, BLOCK_BYTES) if copies > 1 else 0,
         name=draw(st.text(max_size=20)),
@@ -92,6 +92,8 @@ def manifests(draw: st.DrawFn) -> PackedModel:
         crc_table=table,
         frequencies=draw(st.none() | extents),
     )
+    version = manifest_version(copies, model.extended)
+    return model.model_copy(update={"format_version": version})
 
 
 @given(records)
@@ -195,14 +197,17 @@ def test_copies_that_lie_over_each_other_are_refused(model: PackedModel) -> None
 
 
 @given(manifests())
-def test_only_a_manifest_with_copies_has_the_later_version(model: PackedModel) -> None:
+def test_a_manifest_has_the_oldest_version_that_can_say_it(model: PackedModel) -> None:
     data = bytearray(encode_manifest(model))
-    assert data[8] == (1 if model.copies == 1 else 2)
-    data[8] ^= 3
-    with pytest.raises(FormatError, match=r"do not go with format version"):
-        decode_manifest(bytes(data))
-    data[8] = 3
-    with pytest.raises(FormatError, match=r"version 3; this version reads 1 and 2\. Pack again"):
+    written = data[8]
+    assert written == (3 if model.extended else 1 if model.copies == 1 else 2)
+    for other in {1, 2, 3} - {written}:
+        data[8] = other
+        with pytest.raises(FormatError, match=r"do not go with format version"):
+            decode_manifest(bytes(data))
+    data[8] = 4
+    reads = r"version 4; this version reads 1 and 2 and 3\. Pack again"
+    with pytest.raises(FormatError, match=reads):
         decode_manifest(bytes(data))
 
 

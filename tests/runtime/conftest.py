@@ -187,6 +187,12 @@ def open_lab(zoo: Zoo, folder: Path, window_bytes: int, unit_cache_bytes: int) -
     return Lab(zoo, device, link, Drive(link), folder / "drive.csd" / "nand.img")
 
 
+@pytest.fixture(scope="session", name="open_lab")
+def open_lab_fixture() -> Callable[..., Lab]:
+    """For tests with a zoo of their own."""
+    return open_lab
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return Zoo(tmp_path_factory.mktemp("zoo"))

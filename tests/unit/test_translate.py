@@ -9,7 +9,7 @@ from csd_device.service import translate
 from csd_protocol.csd.v1 import csd_pb2 as pb
 from csd_protocol.opcodes import AdminOpcode, CommandSet, ComputeOpcode, NvmOpcode
 from csd_protocol.status import Status
-from host_client.driver import Origin, StageTarget, Told, entries
+from host_client.driver import Origin, StageTarget, Told, TopExperts, entries
 
 HIDDEN = np.arange(6, dtype=np.float32).reshape(2, 3)
 UNITS = np.array([3, 70_000], np.uint32)
@@ -90,6 +90,17 @@ def test_a_prediction_arrives_with_its_arrays() -> None:
     ]
     assert command.targets[0].keep == 0.5
     assert command.targets[1].units.tolist() == UNITS.tolist()
+
+
+def test_a_mixtures_targets_may_be_those_of_the_top_experts() -> None:
+    told = Told(experts=TopExperts(5, 2))
+    entry = entries.predict_and_stage(9, 4, 17, HIDDEN, [StageTarget(3, all=True)], told=told).entry
+    command = translate.command_of(entry)
+    assert isinstance(command, fw.PredictAndStage)
+    assert command.experts == fw.TopExperts(5, 2)
+    plain = translate.command_of(entries.predict_and_stage(9, 4, 17, HIDDEN, []).entry)
+    assert isinstance(plain, fw.PredictAndStage)
+    assert plain.experts is None
 
 
 def test_a_target_says_which_copy_its_units_come_from() -> None:

@@ -1101,6 +1101,34 @@ class Elsewhere(_message.Message):
 Global___Elsewhere: _TypeAlias = Elsewhere  # noqa: Y015
 
 @_typing.final
+class TopExperts(_message.Message):
+    """Of a mixture's targets, which are staged at all: those of the experts that a program, told nothing,
+    finds likeliest by the command's hidden states.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    program: _builtins.int
+    """of the role `router`: its units are experts"""
+    count: _builtins.int
+    """experts of each layer"""
+    def __init__(
+        self,
+        *,
+        program: _builtins.int = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "program", b"program"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopExperts: _TypeAlias = TopExperts  # noqa: Y015
+
+@_typing.final
 class PredictAndStage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1113,6 +1141,7 @@ class PredictAndStage(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     OBSERVED_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     model: _builtins.int
     program: _builtins.int
     token: _builtins.int
@@ -1133,6 +1162,10 @@ class PredictAndStage(_message.Message):
 
     @_builtins.property
     def origin(self) -> Global___HiddenOrigin: ...
+    @_builtins.property
+    def experts(self) -> Global___TopExperts:
+        """not there: targets of all experts"""
+
     def __init__(
         self,
         *,
@@ -1145,10 +1178,11 @@ class PredictAndStage(_message.Message):
         rows: _builtins.int = ...,
         observed: _abc.Iterable[Global___Observed] | None = ...,
         origin: Global___HiddenOrigin | None = ...,
+        experts: Global___TopExperts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "model", b"model", "observed", b"observed", "origin", b"origin", "program", b"program", "release", b"release", "rows", b"rows", "targets", b"targets", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "hidden", b"hidden", "model", b"model", "observed", b"observed", "origin", b"origin", "program", b"program", "release", b"release", "rows", b"rows", "targets", b"targets", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -63,17 +63,30 @@ def site_shapes() -> list[tuple[Role, UnitKind, int, int, int]]:
     return shapes
 
 
-def pack(model: int = 1, copies: int = 1) -> Packed:
+def mixture_shapes(experts: int = 4) -> list[tuple[Role, UnitKind, int, int, int]]:
+    """The same with a router and several FFNs in each layer."""
+    shapes = []
+    for shape in site_shapes():
+        if shape[0] is Role.FFN:
+            shapes.append((Role.ROUTER, UnitKind.ROW, shape[2], experts, 1))
+            shapes += [shape] * experts
+        else:
+            shapes.append(shape)
+    return shapes
+
+
+def pack(model: int = 1, copies: int = 1, mixture: bool = False) -> Packed:
     rng = np.random.default_rng(model)
     at = MODELS_OFFSET_BYTES + 64 * BLOCK
     sites: list[Site] = []
     units: list[np.ndarray] = []
     writes: list[tuple[int, bytes]] = []
     first_crc = 0
-    for role, kind, layer, count, rows in site_shapes():
+    for role, kind, layer, count, rows in mixture_shapes() if mixture else site_shapes():
+        expert = sites[-1].expert + 1 if mixture and role is Role.FFN else -1
         site = Site(
             site=len(sites), role=role, kind=kind, layer=layer, count=count, rows=rows,
-            cols=HIDDEN, offset_bytes=at, first_crc=first_crc,
+            cols=HIDDEN, offset_bytes=at, first_crc=first_crc, expert=expert,
         )  # fmt: skip
         content = rng.integers(0, 256, (count, site.unit_bytes), np.uint8)
         writes.append((at, blocks(content.tobytes())))
@@ -89,7 +102,8 @@ def pack(model: int = 1, copies: int = 1) -> Packed:
     manifest = PackedModel(
         name="m", family="llama", config={}, dtype="float16", source="test", fingerprint="f",
         sites=tuple(sites), crc_table=table_extent, copies=copies,
-        copy_stride_bytes=stride if copies > 1 else 0, format_version=manifest_version(copies),
+        copy_stride_bytes=stride if copies > 1 else 0,
+        format_version=manifest_version(copies, mixture),
     )  # fmt: skip
     writes.append((table_extent.offset_bytes, blocks(table)))
     once = list(writes)
@@ -229,6 +243,12 @@ def staged_host(host: Host, packed: Packed, shadow: bytes) -> Host:
 @pytest.fixture(scope="session")
 def packed_twice() -> Packed:
     return pack(copies=2)
+
+
+@pytest.fixture(scope="session")
+def packed_mixture() -> Packed:
+    """Four experts a layer."""
+    return pack(mixture=True)
 
 
 @pytest.fixture

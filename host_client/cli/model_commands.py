@@ -24,6 +24,7 @@ from host_client.cli.options import (
     PredictorKind,
     QualityText,
     Time,
+    UnitBits,
 )
 from host_client.driver import Drive
 from host_client.io.opening import Kind as ReaderKind
@@ -59,6 +60,10 @@ def pack(
     dtype: Annotated[
         Dtype | None, typer.Option(help="16-bit type on the drive; default: the checkpoint's own.")
     ] = None,
+    bits: Annotated[
+        UnitBits,
+        typer.Option(help="Of a unit's values; 8 and 4: levels in groups of 32, with scales."),
+    ] = UnitBits.SIXTEEN,
     copies: Annotated[
         int,
         typer.Option(
@@ -92,17 +97,22 @@ def pack(
                 source.name,
                 lambda done, total, what: update(done, total),
                 dtype=dtype,
+                bits=bits.number,
                 copies=copies,
                 replace=replace,
             )
         stored = format_size(packed.weights_bytes * packed.copies)
         out.print(
             f"packed {packed.name}: {packed.unit_count:,} units, "
-            f"{format_size(packed.weights_bytes)} as {packed.dtype}"
+            f"{format_size(packed.weights_bytes)} as {_described(packed, bits)}"
             + (f", in {packed.copies} copies: {stored}" if packed.copies > 1 else "")
         )
         if calibration:
             _prepare(opened, packed, source, dram, calibration_tokens)
+
+
+def _described(packed: PackedModel, bits: UnitBits) -> str:
+    return packed.dtype if bits is UnitBits.SIXTEEN else f"levels of {bits.value} bits"
 
 
 def _prepare(drive: Drive, packed: PackedModel, source: Source, dram: str, tokens: int) -> None:

@@ -1,9 +1,11 @@
 """Options that several commands take."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
+from csd_protocol.packed import Bits
 from host_client.cli.console import TimeMode
 
 Model = Annotated[
@@ -56,4 +58,19 @@ PredictorKind = Annotated[
         "there, rollout, then shadow, then frequency.",
     ),
 ]
+
+
+class UnitBits(StrEnum):
+    """Bits of a unit's values, as an option's choices."""
+
+    SIXTEEN = "16"
+    EIGHT = "8"
+    FOUR = "4"
+
+    @property
+    def number(self) -> Bits:
+        counts: dict[UnitBits, Bits] = {UnitBits.SIXTEEN: 16, UnitBits.EIGHT: 8, UnitBits.FOUR: 4}
+        return counts[self]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -96,13 +96,13 @@ def read_crc_table(storage: BlockStorage, model: PackedModel, copy: int = 0) -> 
 
 
 def read_units(storage: BlockStorage, site: Site, start: int, stop: int, at: int = 0) -> U16:
-    """Units [start, stop) of a site by plain reads, [stop - start, rows, cols], 16-bit patterns.
+    """Units [start, stop) of a site by plain reads: 16-bit words [stop - start, rows, words].
 
     `at` is where unit 0 lies, when not in the first copy (`PackedModel.place_of`).
     """
     offset = (at or site.offset_bytes) + start * site.unit_bytes
     data = _read_range(storage, offset, (stop - start) * site.unit_bytes)
-    return np.frombuffer(data, "<u2").reshape(stop - start, site.rows, site.cols)
+    return np.frombuffer(data, "<u2").reshape(stop - start, site.rows, -1)
 
 
 def _frequencies_shape(model: PackedModel) -> tuple[int, int]:

@@ -11,7 +11,6 @@ from itertools import accumulate
 from csd_protocol.packed import (
     BLOCK_BYTES,
     MODEL_ALIGN_BYTES,
-    VALUE_BYTES,
     DirectoryEntry,
     Extent,
     PackedModel,
@@ -124,10 +123,7 @@ def _manifest_slot_bytes(model: PackedModel, shapes: Sequence[SiteShape]) -> int
 
 def _place_sites(shapes: Sequence[SiteShape], start: int) -> tuple[Site, ...]:
     """Sites one behind the other from `start`, each on a whole block."""
-    lengths = [
-        align_up(shape.count * shape.rows * shape.cols * VALUE_BYTES, BLOCK_BYTES)
-        for shape in shapes
-    ]
+    lengths = [align_up(shape.count * shape.unit_bytes, BLOCK_BYTES) for shape in shapes]
     offsets = accumulate(lengths, initial=start)
     first_crcs = accumulate((shape.count for shape in shapes), initial=0)
     return tuple(
@@ -143,6 +139,7 @@ def _place_sites(shapes: Sequence[SiteShape], start: int) -> tuple[Site, ...]:
             first_crc=first_crc,
             parts=shape.parts,
             expert=shape.expert,
+            bits=shape.bits,
         )
         for index, (shape, offset, first_crc) in enumerate(
             zip(shapes, offsets, first_crcs, strict=False)

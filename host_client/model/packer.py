@@ -29,6 +29,7 @@ from csd_protocol.packed import (
     COPIES_MAX,
     FORMAT_VERSION,
     VALUE_BYTES,
+    Bits,
     Directory,
     DirectoryEntry,
     Extent,
@@ -56,6 +57,7 @@ from host_client.model.errors import DifferentModel, UnsupportedModel, ValueOver
 from host_client.model.families import Piece, SiteShape, family_sites
 from host_client.model.layout import Layout, extent_bytes, place
 from host_client.model.storage import BlockStorage
+from host_client.model.unit_bits import at_bits, kept_levels, rounded
 
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
@@ -76,13 +78,15 @@ def pack(
     progress: Progress | None = None,
     *,
     dtype: Dtype | None = None,
+    bits: Bits = 16,
     copies: int = 1,
     replace: bool = False,
     save_every_bytes: int = SAVE_EVERY_BYTES,
 ) -> PackedModel:
     """Packs a checkpoint under `name`, or what is left of it, and returns its manifest.
 
-    `dtype` is the checkpoint's own 16-bit type unless given; `copies` is how often every unit lies
+    `dtype` is the checkpoint's own 16-bit type unless given; `bits` are those of a unit's values,
+    but for what stays larger (`unit_bits`); `copies` is how often every unit lies
     on the drive, 1 to COPIES_MAX. With `replace`, another model of that name goes first. Raises a
     ModelError; DriveTooSmall and all that is wrong with the checkpoint's names and shapes before
     anything is written.
@@ -91,9 +95,9 @@ def pack(
         raise UnsupportedModel(f"{copies} copies; a model has 1 to {COPIES_MAX}")
     if BLOCK_BYTES % storage.block_bytes:
         raise UnsupportedModel(f"the drive has blocks of {storage.block_bytes}, not {BLOCK_BYTES}")
-    shapes = family_sites(checkpoint)
+    shapes = at_bits(family_sites(checkpoint), bits, checkpoint)
     extended = any(shape.expert >= 0 for shape in shapes)
-    draft = _draft(checkpoint, name, dtype or checkpoint.dtype, copies, extended)
+    draft = _draft(checkpoint, name, dtype or checkpoint.dtype, bits, copies, extended)
     entry = read_directory(storage).find(name)
     if entry is not None and entry.fingerprint != draft.fingerprint:
         _give_way(storage, entry, checkpoint, replace)
@@ -124,28 +128,29 @@ class _Job:
 
 
 def _draft(
-    checkpoint: Checkpoint, name: str, dtype: Dtype, copies: int, extended: bool
+    checkpoint: Checkpoint, name: str, dtype: Dtype, bits: Bits, copies: int, extended: bool
 ) -> PackedModel:
     """The manifest as far as it does not depend on the drive."""
     return PackedModel(
-        format_version=manifest_version(copies, extended),
+        format_version=manifest_version(copies, extended, bits < 16),
         name=name,
         family=checkpoint.config["model_type"],
         config=checkpoint.config,
         dtype=dtype,
         source=checkpoint.source,
-        fingerprint=_fingerprint(checkpoint, dtype, copies),
+        fingerprint=_fingerprint(checkpoint, dtype, bits, copies),
         sites=(),
         crc_table=Extent(offset_bytes=0, length_bytes=0),
         copies=copies,
     )
 
 
-def _fingerprint(checkpoint: Checkpoint, dtype: Dtype, copies: int) -> str:
+def _fingerprint(checkpoint: Checkpoint, dtype: Dtype, bits: Bits, copies: int) -> str:
     """Of everything that decides the packed bytes; equal for a copy of the same files."""
     config = json.dumps(checkpoint.config, sort_keys=True)
     text = f"{FORMAT_VERSION} {dtype} {checkpoint.digest()} {config}"
     text += f" {copies} copies" if copies > 1 else ""
+    text += f" {bits} bits" if bits < 16 else ""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -155,8 +160,8 @@ def _give_way(
     if not replace:
         raise DifferentModel(
             f"{entry.name} on the drive ({entry.state}) was packed from other files, as another "
-            f"type or in another number of copies, than {checkpoint.source} now. Choose another "
-            f"name, or replace it"
+            f"type, at other bits or in another number of copies, than {checkpoint.source} now. "
+            f"Choose another name, or replace it"
         )
     remove_model(storage, entry.name)
 
@@ -317,8 +322,8 @@ def _write_site(
     """Writes a site's units and notes their CRCs; yields the bytes of each chunk."""
     offset = site.offset_bytes
     first_crc = site.first_crc
-    for units in _chunks(checkpoint, job.shapes[site.site], _TORCH_DTYPES[job.model.dtype]):
-        rows = units.view(np.uint8).reshape(units.shape[0], -1)
+    shape, dtype = job.shapes[site.site], _TORCH_DTYPES[job.model.dtype]
+    for rows in _SiteReader(checkpoint, shape, dtype).chunks():
         job.checksums[first_crc : first_crc + rows.shape[0]] = crc32c_units(rows)
         writer.write(offset, _whole_blocks(rows))
         offset += rows.size
@@ -348,28 +353,53 @@ def units_per_chunk(unit_bytes: int) -> int:
     return step * max(1, CHUNK_BYTES // (step * unit_bytes))
 
 
-def _chunks(checkpoint: Checkpoint, shape: SiteShape, dtype: torch.dtype) -> Iterator[U16]:
-    """The units of a site, in chunks of [units, stack_rows, width] 16-bit patterns."""
-    columns = {
-        piece.tensor: _read_16bit(checkpoint, piece, dtype)
-        for piece in shape.pieces
-        if piece.columns
-    }
-    step = units_per_chunk(shape.rows * shape.cols * VALUE_BYTES)
-    for start in range(0, shape.count, step):
-        stop = min(start + step, shape.count)
-        units = np.empty((stop - start, shape.stack_rows, shape.width), np.uint16)
-        first_row = 0
-        for piece in shape.pieces:
-            into = units[:, first_row : first_row + piece.rows_per_unit]
-            first, last = start * piece.rows_per_unit, stop * piece.rows_per_unit
-            if piece.columns:
-                _lay_down(columns[piece.tensor][:, first:last], into)
-            else:
-                rows = _rows_16bit(checkpoint, piece.tensor, first, last, dtype)
-                into[...] = rows.reshape(into.shape)
-            first_row += piece.rows_per_unit
-        yield units
+class _SiteReader:
+    """A site's units out of a checkpoint, in chunks."""
+
+    def __init__(self, checkpoint: Checkpoint, shape: SiteShape, dtype: torch.dtype) -> None:
+        self._checkpoint, self._shape, self._dtype = checkpoint, shape, dtype
+        self._columns = {
+            piece.tensor: _read_16bit(checkpoint, piece, dtype)
+            for piece in shape.pieces
+            if piece.columns
+        }
+
+    def chunks(self) -> Iterator[U8]:
+        """[units, unit bytes] each."""
+        shape, step = self._shape, units_per_chunk(self._shape.unit_bytes)
+        row_bytes = shape.unit_bytes // shape.stack_rows
+        for start in range(0, shape.count, step):
+            stop = min(start + step, shape.count)
+            units = np.empty((stop - start, shape.stack_rows, row_bytes), np.uint8)
+            first_row = 0
+            for piece in shape.pieces:
+                last_row = first_row + piece.rows_per_unit
+                self._fill(piece, start, stop, units[:, first_row:last_row])
+                first_row = last_row
+            yield units.reshape(stop - start, -1)
+
+    def _fill(self, piece: Piece, start: int, stop: int, into: U8) -> None:
+        """What a piece gives to units [start, stop): [units, rows of the piece, row bytes]."""
+        kept = kept_levels(self._checkpoint, piece, self._shape.bits)
+        if kept is not None:
+            rows = kept.read(start * piece.rows_per_unit, stop * piece.rows_per_unit)
+            into[...] = rows.reshape(into.shape)
+        elif self._shape.bits == 16:
+            self._fill_16bit(piece, start, stop, into.view(np.uint16))
+        else:
+            values = np.empty((*into.shape[:2], self._shape.width), np.uint16)
+            self._fill_16bit(piece, start, stop, values)
+            widened = torch.from_numpy(values.view(np.int16)).view(self._dtype).float()
+            rows = rounded(widened.reshape(-1, self._shape.width).numpy(), self._shape.bits)
+            into[...] = rows.reshape(into.shape)
+
+    def _fill_16bit(self, piece: Piece, start: int, stop: int, into: U16) -> None:
+        first, last = start * piece.rows_per_unit, stop * piece.rows_per_unit
+        if piece.columns:
+            _lay_down(self._columns[piece.tensor][:, first:last], into)
+        else:
+            rows = _rows_16bit(self._checkpoint, piece.tensor, first, last, self._dtype)
+            into[...] = rows.reshape(into.shape)
 
 
 def _lay_down(columns: U16, into: U16) -> None:

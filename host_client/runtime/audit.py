@@ -10,12 +10,12 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from csd_protocol.packed import Site
 from host_client.runtime import kernels
 from host_client.runtime.engine import Engine
 from host_client.runtime.prefetch import Block
+from host_client.runtime.row_arithmetic import Encoding
 
 U16 = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
@@ -34,10 +34,11 @@ class Auditor:
             return
         entry = engine.resident[site.site]
         scores = np.zeros(site.count, np.float32)
-        scores[entry.units] = self._scores(x, entry.values)
-        scores[block.units] = self._scores(x, block.values)
+        encoding = engine.encoding(site)
+        scores[entry.units] = _scores(x, entry.values, encoding)
+        scores[block.units] = _scores(x, block.values, encoding)
         for units, values in engine.missed_parts(site, block):
-            scores[units] = self._scores(x, values)
+            scores[units] = _scores(x, values, encoding)
         kept = math.ceil(engine.kept_of(site) * site.count)
         wanted = np.argpartition(-scores, kept - 1)[:kept]
         engine.tally.wanted_units += kept
@@ -45,18 +46,20 @@ class Auditor:
         computed = entry.held[wanted] | np.isin(wanted, block.units)
         engine.tally.wanted_computed += int(computed.sum())
 
-    def _scores(self, x: F32, values: U16) -> F32:
-        activity = np.zeros((1, values.shape[0]), np.float32)
-        if values.shape[0]:
-            ignored = np.zeros_like(x)
-            kernels.neurons(x, values, None, ignored, self._engine.bf16, activity)
-        scores: F32 = activity[0] * down_norms(values, x.shape[1], self._engine.bf16)
-        return scores
+
+def _scores(x: F32, values: U16, encoding: Encoding) -> F32:
+    activity = np.zeros((1, values.shape[0]), np.float32)
+    if values.shape[0]:
+        ignored = np.zeros_like(x)
+        kernels.neurons(x, values, None, ignored, encoding, activity)
+    scores: F32 = activity[0] * down_norms(values, x.shape[1], encoding)
+    return scores
 
 
-def down_norms(units: U16, hidden: int, bf16: bool) -> F32:
-    """L2 norm of each neuron's down column. units uint16 [n, 3 * hidden] -> float32 [n]."""
-    dtype = torch.bfloat16 if bf16 else torch.float16
-    down = torch.from_numpy(units[:, 2 * hidden :].view(np.int16)).view(dtype)
-    norms: F32 = torch.linalg.vector_norm(down.float(), dim=1).numpy()
+def down_norms(units: U16, hidden: int, encoding: Encoding) -> F32:
+    """L2 norm of each neuron's down column. units uint16 [n, words] -> float32 [n]."""
+    down = np.empty((units.shape[0], hidden), np.float32)
+    rows = units.reshape(3 * units.shape[0], -1)
+    kernels.widen_rows(rows, np.arange(2, rows.shape[0], 3), down, encoding)
+    norms: F32 = np.linalg.norm(down, axis=1)
     return norms

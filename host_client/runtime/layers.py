@@ -1,8 +1,7 @@
 """Modules that take the place of a transformers model's own and compute on units.
 
 Each asks the engine for the staged part of its site and computes on the resident and the staged
-part one after the other, 16-bit weights as they lie, in float32. None of them has parameters of its
-own.
+part one after the other, weights as they lie, in float32. None of them has parameters of its own.
 """
 
 from collections.abc import Callable
@@ -55,7 +54,7 @@ class StagedEmbedding(nn.Module):
         table = np.empty((rows.size, self._site.cols), np.float32)
         for part, values in engine.embedding_rows(rows):
             widened = np.empty((part.size, self._site.cols), np.float32)
-            kernels.widen_rows(values, None, widened, engine.bf16)
+            kernels.widen_rows(values, None, widened, engine.encoding(self._site))
             table[np.searchsorted(rows, part)] = widened
         return torch.from_numpy(table[where.reshape(-1)]).reshape(*ids.shape, self._site.cols)
 
@@ -80,17 +79,17 @@ class StagedProjection(nn.Module):
         self._rows = _half_of_units(self._site, second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat, bf16 = _flat(x), self._engine.bf16
+        flat, encoding = _flat(x), self._engine.encoding(self._site)
         if self._projection is Projection.OUTPUT:
             out = np.zeros((flat.shape[0], self._site.cols), np.float32)
-            kernels.rows_axpy(flat, self._weights(), self._rows, out, bf16)
+            kernels.rows_axpy(flat, self._weights(), self._rows, out, encoding)
         else:
             out = np.empty((flat.shape[0], self._rows.size), np.float32)
-            kernels.rows_dot(flat, self._weights(), self._rows, out, bf16)
+            kernels.rows_dot(flat, self._weights(), self._rows, out, encoding)
         return _like(x, out)
 
     def _weights(self) -> U16:
-        """All rows of all units [count * rows, columns]: resident, or staged together."""
+        """All rows of all units [count * rows, words]: resident, or staged together."""
         entry = self._engine.resident[self._site.site]
         values = entry.values
         if entry.missing.size:
@@ -98,7 +97,7 @@ class StagedProjection(nn.Module):
             assert block is not None
             assert block.units.size == self._site.count
             values = block.values
-        return values.reshape(self._site.count * self._site.rows, self._site.cols)
+        return values.reshape(self._site.count * self._site.rows, -1)
 
 
 def _half_of_units(site: Site, second: bool) -> I64:
@@ -140,7 +139,7 @@ class StagedFfn(nn.Module):
 
     def _add(self, x: F32, out: F32, units: U32, values: U16) -> None:
         activity = np.empty((x.shape[0], units.size), np.float32) if self.observer else None
-        kernels.neurons(x, values, None, out, self._engine.bf16, activity)
+        kernels.neurons(x, values, None, out, self._engine.encoding(self._site), activity)
         if self.observer is not None and activity is not None:
             self.observer(self._layer, units, activity)
 
@@ -165,5 +164,5 @@ class StagedHead(nn.Module):
     def _fill(self, x: F32, units: U32, values: U16, logits: F32) -> None:
         """Rows of the head are kept in order, so each part fills one run of columns."""
         part = np.empty((x.shape[0], units.size), np.float32)
-        kernels.rows_dot(x, values, None, part, self._engine.bf16)
+        kernels.rows_dot(x, values, None, part, self._engine.encoding(self._engine.head))
         logits[:, units[0] : units[-1] + 1] = part

@@ -69,7 +69,7 @@ def parse_budget(text: str | int, model: PackedModel) -> int:
     """
     try:
         if isinstance(text, str) and text.strip().endswith("%"):
-            size_bytes = int(model.weights_bytes * float(text.strip()[:-1]) / 100)
+            size_bytes = int(model.weights_bytes_16bit * float(text.strip()[:-1]) / 100)
         else:
             size_bytes = parse_size(text)
     except (ValueError, OverflowError):
@@ -262,5 +262,5 @@ def make_plan(
         resident_units=draft.resident,
         resident_bytes=draft.resident_bytes(),
         staged_bytes_per_token=draft.staged_bytes(),
-        weights_bytes=model.weights_bytes,
+        weights_bytes=model.weights_bytes_16bit,
     )

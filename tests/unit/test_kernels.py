@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from host_client.runtime import kernels
+from host_client.runtime.row_arithmetic import Encoding
 
+ENCODINGS = {False: Encoding.HALF, True: Encoding.BFLOAT16}
 DTYPES = {False: torch.float16, True: torch.bfloat16}
 
 
@@ -43,7 +45,7 @@ def test_neurons_add_what_the_dense_ffn_gives(
     x, out = make_floats(tokens, hidden), make_floats(tokens, hidden, seed=3)
     before = out.astype(np.float64)
     activity = np.empty((tokens, count), np.float32)
-    kernels.neurons(x, bits, None, out, bf16, activity)
+    kernels.neurons(x, bits, None, out, ENCODINGS[bf16], activity)
     acts = true_activations(x, units)
     assert_close(out, before + acts @ units[:, 2 * hidden :])
     assert_close(activity, np.abs(acts))
@@ -55,7 +57,7 @@ def test_neurons_of_some_rows_are_those_rows_alone(tokens: int) -> None:
     rows = np.random.default_rng(1).choice(300, 101, replace=False)
     x, out = make_floats(tokens, 96), np.zeros((tokens, 96), np.float32)
     activity = np.empty((x.shape[0], 101), np.float32)
-    kernels.neurons(x, bits, rows, out, False, activity)
+    kernels.neurons(x, bits, rows, out, Encoding.HALF, activity)
     acts = true_activations(x, units[rows])
     assert_close(out, acts @ units[rows, 192:])
     assert_close(activity, np.abs(acts))
@@ -70,7 +72,7 @@ def test_rows_dot_is_a_matrix_product(bf16: bool, tokens: int, count: int) -> No
     x = make_floats(tokens, 576)
     for picked, reference in ((None, weights), (rows, weights[rows])):
         out = np.full((tokens, reference.shape[0]), np.nan, np.float32)
-        kernels.rows_dot(x, bits, picked, out, bf16)
+        kernels.rows_dot(x, bits, picked, out, ENCODINGS[bf16])
         assert_close(out, x.astype(np.float64) @ reference.T)
 
 
@@ -83,7 +85,7 @@ def test_rows_axpy_adds_a_matrix_product(bf16: bool, tokens: int, count: int) ->
     for picked, reference in ((None, weights), (rows, weights[rows])):
         a, out = make_floats(tokens, reference.shape[0]), make_floats(tokens, 576, seed=5)
         before = out.astype(np.float64)
-        kernels.rows_axpy(a, bits, picked, out, bf16)
+        kernels.rows_axpy(a, bits, picked, out, ENCODINGS[bf16])
         assert_close(out, before + a.astype(np.float64) @ reference)
 
 
@@ -91,7 +93,7 @@ def test_rows_axpy_adds_a_matrix_product(bf16: bool, tokens: int, count: int) ->
 def test_every_16_bit_pattern_widens_as_torch_widens_it(bf16: bool) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
     out = np.empty((256, 256), np.float32)
-    kernels.widen_rows(bits, None, out, bf16)
+    kernels.widen_rows(bits, None, out, ENCODINGS[bf16])
     expected = torch.from_numpy(bits.view(np.int16)).view(DTYPES[bf16]).float().numpy()
     np.testing.assert_array_equal(out, expected)
 
@@ -100,7 +102,7 @@ def test_widen_rows_gathers_in_the_order_asked() -> None:
     bits, values = make_weights(50, 32, True)
     rows = np.array([49, 0, 0, 7])
     out = np.empty((4, 32), np.float32)
-    kernels.widen_rows(bits, rows, out, True)
+    kernels.widen_rows(bits, rows, out, Encoding.BFLOAT16)
     np.testing.assert_array_equal(out, values[rows].astype(np.float32))
 
 
@@ -111,7 +113,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     for threads in (1, numba.config.NUMBA_NUM_THREADS):
         numba.set_num_threads(threads)
         out = np.zeros((2, 576), np.float32)
-        kernels.neurons(x, bits, None, out, False)
+        kernels.neurons(x, bits, None, out, Encoding.HALF)
         results.append(out)
     np.testing.assert_array_equal(results[0], results[1])
 
@@ -121,7 +123,7 @@ def test_no_rows_add_nothing() -> None:
     none = np.empty(0, np.int64)
     for tokens in (1, 12):
         out = np.ones((tokens, 64), np.float32)
-        kernels.neurons(make_floats(tokens, 64), bits, none, out, False)
+        kernels.neurons(make_floats(tokens, 64), bits, none, out, Encoding.HALF)
         assert (out == 1).all()
 
 
@@ -130,7 +132,7 @@ def test_nan_and_infinity_are_not_swallowed() -> None:
     x = make_floats(1, 64)
     x[0, 3] = np.nan
     out = np.zeros((1, 10), np.float32)
-    kernels.rows_dot(x, bits, None, out, False)
+    kernels.rows_dot(x, bits, None, out, Encoding.HALF)
     assert np.isnan(out).all()
 
 
@@ -146,19 +148,19 @@ def test_nan_and_infinity_are_not_swallowed() -> None:
 def test_rows_that_do_not_fit_are_refused(rows: np.ndarray, message: str) -> None:
     bits, _ = make_weights(10, 3 * 64, False)
     with pytest.raises(ValueError, match=message):
-        kernels.neurons(make_floats(1, 64), bits, rows, make_floats(1, 64), False)
+        kernels.neurons(make_floats(1, 64), bits, rows, make_floats(1, 64), Encoding.HALF)
 
 
 def test_shapes_types_and_layouts_that_do_not_fit_are_refused() -> None:
     bits, _ = make_weights(10, 3 * 64, False)
     x, out = make_floats(1, 64), make_floats(1, 64)
     with pytest.raises(ValueError, match="uint16"):
-        kernels.neurons(x, bits.astype(np.float32), None, out, False)
+        kernels.neurons(x, bits.astype(np.float32), None, out, Encoding.HALF)
     with pytest.raises(ValueError, match="weights must be"):
-        kernels.rows_dot(x, bits, None, out, False)
+        kernels.rows_dot(x, bits, None, out, Encoding.HALF)
     with pytest.raises(ValueError, match="out must be"):
-        kernels.neurons(x, bits, None, make_floats(2, 64), False)
+        kernels.neurons(x, bits, None, make_floats(2, 64), Encoding.HALF)
     with pytest.raises(ValueError, match="x must be"):
-        kernels.neurons(make_floats(1, 128)[:, ::2], bits, None, out, False)
+        kernels.neurons(make_floats(1, 128)[:, ::2], bits, None, out, Encoding.HALF)
     with pytest.raises(ValueError, match="C-contiguous"):
-        kernels.rows_dot(x, bits[:, :64], None, make_floats(1, 10), False)
+        kernels.rows_dot(x, bits[:, :64], None, make_floats(1, 10), Encoding.HALF)

@@ -21,6 +21,7 @@ BENCHMARKS = (
     "stage_rate",
     "recovery",
     "program_rows",
+    "unit_rows",
     "stage_latency",
     "generate",
     "expert_recall",

@@ -24,7 +24,9 @@ _NUMBER_BYTES = 2
 
 
 def low_bit_row_bytes(cols: int, bits: int) -> int:
-    """Bytes of one row. Rows have whole groups."""
+    """Bytes of one row. Raises ValueError for a row that is not of whole groups."""
+    if cols % GROUP:
+        raise ValueError(f"{cols} values at {bits} bits are not whole groups of {GROUP}")
     return cols * bits // 8 + cols // GROUP * _NUMBERS[bits] * _NUMBER_BYTES
 
 

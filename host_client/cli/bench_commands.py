@@ -58,7 +58,7 @@ def quality(
     windows = token_windows(load_tokenizer(source), text, tokens, window)
     with open_drive(drive, time) as opened:
         rows = []
-        for setting in ["exact", *(settings or ["0.5"])]:
+        for setting in dict.fromkeys(["exact", *(settings or ["0.5"])]):
             with progress_count(f"quality {setting}, tokens") as update:
                 row = compare_qualities(
                     opened, source.name, setting, windows, dram, lookahead, update

@@ -66,6 +66,9 @@ def plan(
         typer.echo(json.dumps(reports.plan_object(packed, made)))
         return
     out.print(reports.plan_table(packed, made))
+    verdict = reports.plan_verdict(packed, made)
+    if verdict is not None:
+        out.print(verdict, soft_wrap=True, markup=False)
 
 
 def verify(

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from csd_protocol.low_bit import round_rows
 from csd_protocol.low_bit_units import GROUP, join_rows, pack_nibbles
-from csd_protocol.packed import Bits, Role
+from csd_protocol.packed import Bits, PackedModel, Role, row_bytes
 from host_client.model.checkpoint import Checkpoint, StoredLevels
 from host_client.model.errors import UnsupportedModel
 from host_client.model.families import Piece, SiteShape
@@ -36,20 +36,32 @@ def at_bits(
     shapes: Sequence[SiteShape], bits: Bits, checkpoint: Checkpoint
 ) -> tuple[SiteShape, ...]:
     """The sites as they are packed at so many bits. Raises UnsupportedModel for odd rows."""
-    if bits == 16:
-        return tuple(shapes)
     return tuple(_site_at(shape, bits, checkpoint) for shape in shapes)
 
 
+def bits_of(role: Role, bits: Bits) -> Bits:
+    """What sites of a role have in a model that is packed at so many bits."""
+    if role in _AT_BITS:
+        return bits
+    return 8 if role in _AT_8_BITS and bits < 16 else 16
+
+
+def weights_bytes_at(model: PackedModel, bits: Bits) -> int:
+    """What all units of a model would take, packed at so many bits; where its rows allow it."""
+    return sum(
+        site.count * site.rows * row_bytes(site.cols, bits_of(site.role, bits))
+        for site in model.sites
+    )
+
+
 def _site_at(shape: SiteShape, bits: Bits, checkpoint: Checkpoint) -> SiteShape:
-    if shape.role not in _AT_BITS + _AT_8_BITS:
-        return shape
-    if shape.cols % GROUP:
+    found = bits_of(shape.role, bits)
+    if found < 16 and shape.cols % GROUP:
         raise UnsupportedModel(
             f"{checkpoint.source}: rows of {shape.cols} values do not divide into groups of "
             f"{GROUP}, as units at {bits} bits need. Pack at 16 bits"
         )
-    return replace(shape, bits=8 if shape.role in _AT_8_BITS else bits)
+    return replace(shape, bits=found)
 
 
 def kept_levels(checkpoint: Checkpoint, piece: Piece, bits: Bits) -> StoredLevels | None:

@@ -58,6 +58,16 @@ class Plan:
             + self.kv_bytes
         )
 
+    @property
+    def needs_drive(self) -> bool:
+        """Whether anything is staged, so that a drive is worth having."""
+        return self.staged_bytes_per_token > 0
+
+    def fits(self, weights_bytes: int) -> bool:
+        """Whether so many bytes of weights would all be resident within the budget."""
+        rest_bytes = self.kv_bytes + self.table_bytes + self.fetch_buffer_bytes
+        return weights_bytes + rest_bytes <= self.budget_bytes
+
     def keeps_all(self, site: Site) -> bool:
         return self.resident_units[site.site] == site.count
 

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from csd_protocol.low_bit_units import decode_rows
+from host_client.model.unit_bits import rounded
 from host_client.runtime import kernels
 from host_client.runtime.row_arithmetic import Encoding
 
@@ -87,6 +89,40 @@ def test_rows_axpy_adds_a_matrix_product(bf16: bool, tokens: int, count: int) ->
         before = out.astype(np.float64)
         kernels.rows_axpy(a, bits, picked, out, ENCODINGS[bf16])
         assert_close(out, before + a.astype(np.float64) @ reference)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+@pytest.mark.parametrize("hidden,count", [(32, 40), (576, 1536)])
+def test_levels_give_what_their_values_give(
+    bits: int, tokens: int, hidden: int, count: int
+) -> None:
+    encoding = {8: Encoding.LEVELS_8, 4: Encoding.LEVELS_4}[bits]
+    rows = rounded(make_floats(3 * count, hidden, seed=8) * np.float32(0.05), bits)
+    values = decode_rows(rows, hidden, bits)
+    units, words = values.reshape(count, -1), rows.view(np.uint16)
+    x, out = make_floats(tokens, hidden), np.zeros((tokens, hidden), np.float32)
+    kernels.neurons(x, words.reshape(count, -1), None, out, encoding)
+    assert_close(out, true_activations(x, units) @ units[:, 2 * hidden :])
+    picked = np.random.default_rng(2).permutation(3 * count)[: count + 1]
+    for chosen, reference in ((None, values), (picked, values[picked])):
+        products = np.empty((tokens, reference.shape[0]), np.float32)
+        kernels.rows_dot(x, words, chosen, products, encoding)
+        assert_close(products, x.astype(np.float64) @ reference.T)
+        sums = np.ones((tokens, hidden), np.float32)
+        kernels.rows_axpy(products, words, chosen, sums, encoding)
+        assert_close(sums, 1 + products.astype(np.float64) @ reference)
+        widened = np.empty(reference.shape, np.float32)
+        kernels.widen_rows(words, chosen, widened, encoding)
+        np.testing.assert_allclose(widened, reference, rtol=1e-6, atol=1e-8)
+
+
+def test_rows_of_levels_that_do_not_fit_are_refused() -> None:
+    rows = rounded(make_floats(10, 64), 4).view(np.uint16)
+    with pytest.raises(ValueError, match="weights must be"):
+        kernels.rows_dot(make_floats(1, 64), rows, None, make_floats(1, 10), Encoding.LEVELS_8)
+    with pytest.raises(ValueError, match="whole groups"):
+        kernels.rows_dot(make_floats(1, 63), rows, None, make_floats(1, 10), Encoding.LEVELS_4)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp16", "bf16"])

@@ -1,9 +1,9 @@
 """Rows of units at 8 and 4 bits over rows at 16 bits, and over torch's own 4-bit kernel.
 
-One hidden state meets all rows of a matrix that is larger than a core's caches, as in decoding. Ours
-run on one thread in float32, from the bytes as they lie on the drive. torch's kernel takes a layout
-of its own, which staged units would first have to be brought into, and activations in bfloat16;
-that time is not counted. Rounds alternate.
+One hidden state meets all rows of a matrix that is larger than a core's caches, as in decoding.
+Ours are in float32, from the bytes as they lie on the drive. torch's kernel takes a layout of its
+own, which staged units would first have to be brought into (that time is not counted), and
+activations in bfloat16. Rounds alternate.
 """
 
 from collections.abc import Callable

@@ -62,6 +62,7 @@ from host_client.model.unit_bits import at_bits, kept_levels, rounded
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
+F32 = npt.NDArray[np.float32]
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, what was written
 
@@ -86,10 +87,10 @@ def pack(
     """Packs a checkpoint under `name`, or what is left of it, and returns its manifest.
 
     `dtype` is the checkpoint's own 16-bit type unless given; `bits` are those of a unit's values,
-    but for what stays larger (`unit_bits`); `copies` is how often every unit lies
-    on the drive, 1 to COPIES_MAX. With `replace`, another model of that name goes first. Raises a
-    ModelError; DriveTooSmall and all that is wrong with the checkpoint's names and shapes before
-    anything is written.
+    but for what stays larger (`unit_bits`); `copies` is how often every unit lies on the drive, 1
+    to COPIES_MAX. With `replace`, another model of that name goes first. Raises a ModelError;
+    DriveTooSmall and all that is wrong with the checkpoint's names and shapes before anything is
+    written.
     """
     if not 1 <= copies <= COPIES_MAX:
         raise UnsupportedModel(f"{copies} copies; a model has 1 to {COPIES_MAX}")
@@ -390,8 +391,17 @@ class _SiteReader:
             values = np.empty((*into.shape[:2], self._shape.width), np.uint16)
             self._fill_16bit(piece, start, stop, values)
             widened = torch.from_numpy(values.view(np.int16)).view(self._dtype).float()
-            rows = rounded(widened.reshape(-1, self._shape.width).numpy(), self._shape.bits)
+            rows = self._rounded(piece, widened.reshape(-1, self._shape.width).numpy())
             into[...] = rows.reshape(into.shape)
+
+    def _rounded(self, piece: Piece, values: F32) -> U8:
+        try:
+            return rounded(values, self._shape.bits)
+        except ValueError as error:
+            raise ValueOverflow(
+                f"{self._checkpoint.source}: tensor {piece.tensor} cannot be packed at "
+                f"{self._shape.bits} bits: {error}. Pack at 16 bits"
+            ) from error
 
     def _fill_16bit(self, piece: Piece, start: int, stop: int, into: U16) -> None:
         first, last = start * piece.rows_per_unit, stop * piece.rows_per_unit

@@ -1,8 +1,8 @@
 """Units at 8 or 4 bits: which sites have them, and how rows come to their levels.
 
 FFN neurons, heads, keys and values take the bits that were asked for. Rows of the embedding and of
-the output head take 8: every token passes them, and 4 bits there cost more than in all layers
-together. Norms, biases and routers stay as they are: they are small.
+the output head take 8: every token passes them, and 4 bits there alone cost as much as 4 bits in
+all layers. Norms, biases and routers stay as they are: they are small.
 
 Rows that a checkpoint has as levels of the same kind are kept as they are. What is laid down from
 columns (down and output projections) has its groups across the checkpoint's, so it is rounded
@@ -26,6 +26,7 @@ from host_client.model.families import Piece, SiteShape
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
+_VALUE_MAX = float(np.finfo(np.float16).max)
 _LEVELS_MAX = 15  # of 4 bits
 _SIGN = np.uint8(128)  # what makes a level with its offset added a signed byte
 _AT_BITS = (Role.FFN, Role.HEADS, Role.KV)
@@ -71,7 +72,12 @@ def kept_levels(checkpoint: Checkpoint, piece: Piece, bits: Bits) -> StoredLevel
 
 
 def rounded(values: F32, bits: Bits) -> U8:
-    """Rows uint8 [rows, row bytes] of float32 values [rows, cols], each to the nearest level."""
+    """Rows uint8 [rows, row bytes] of float32 values [rows, cols], each to the nearest level.
+
+    Raises ValueError for values that are not finite, or beyond what float16 holds.
+    """
+    if not (np.abs(values) <= _VALUE_MAX).all():
+        raise ValueError(f"values beyond {_VALUE_MAX:.0f}, what a float16 scale can hold")
     if bits == 8:
         levels, scales = round_rows(values, bits, GROUP)
         return join_rows(levels ^ _SIGN, scales)

@@ -50,7 +50,7 @@ def neurons(
 ) -> None:
     """Add the output of SwiGLU neurons to `out`: sum over rows of silu(x.gate) * (x.up) * down.
 
-    x [tokens, hidden]; units [count, 3 * hidden], each gate row, up row, down column;
+    x [tokens, hidden]; units [count, 3 rows], each gate row, up row, down column;
     rows [k] into units; out [tokens, hidden] += ; activity [tokens, k], when given, receives
     |silu(x.gate) * (x.up)|.
     """
@@ -75,7 +75,7 @@ def neurons(
 def rows_dot(x: F32, weights: U16, rows: I64 | None, out: F32, encoding: Encoding) -> None:
     """out[t, i] = x[t] . weights[rows[i]]: y = x @ w.T.
 
-    x [tokens, columns]; weights [count, columns]; rows [k]; out [tokens, k], overwritten.
+    x [tokens, columns]; weights [count, words]; rows [k]; out [tokens, k], overwritten.
     """
     tokens, columns = x.shape
     bits, picked = _checked(weights, rows, encoding.row_words(columns), encoding)
@@ -95,7 +95,7 @@ def rows_dot(x: F32, weights: U16, rows: I64 | None, out: F32, encoding: Encodin
 def rows_axpy(a: F32, weights: U16, rows: I64 | None, out: F32, encoding: Encoding) -> None:
     """out[t] += sum over i of a[t, i] * weights[rows[i]]: y += a @ w.
 
-    a [tokens, k]; weights [count, columns]; rows [k]; out [tokens, columns].
+    a [tokens, k]; weights [count, words]; rows [k]; out [tokens, columns].
     """
     tokens, columns = out.shape
     bits, picked = _checked(weights, rows, encoding.row_words(columns), encoding)
@@ -113,7 +113,7 @@ def rows_axpy(a: F32, weights: U16, rows: I64 | None, out: F32, encoding: Encodi
 
 
 def widen_rows(weights: U16, rows: I64 | None, out: F32, encoding: Encoding) -> None:
-    """out[i] = weights[rows[i]] as float32. weights [count, columns]; out [k, columns]."""
+    """out[i] = weights[rows[i]] as float32. weights [count, words]; out [k, columns]."""
     columns = out.shape[1]
     bits, picked = _checked(weights, rows, encoding.row_words(columns), encoding)
     _check_floats("out", out, (picked.shape[0], columns))

@@ -176,8 +176,7 @@ def _load_if_it_fits(
 ) -> bool:
     """Whether the drive can hold the program, and what it remembers of this host."""
     try:
-        data = build_predictor(drive, packed, kind, progress)
-        number = load_predictor(drive, packed, kind, data)
+        number = load_predictor(drive, packed, kind, build_predictor(drive, packed, kind, progress))
     except UnsupportedModel as error:
         loaded.skipped.append(f"{kind}: {error}")
         return False

@@ -93,7 +93,8 @@ class StagedProjection(nn.Module):
             weights = values.reshape(units.size * self._site.rows, self._site.cols)
             rows, columns = self._rows[: units.size * self._half], self._columns_of(units)
             if is_output:
-                kernels.rows_axpy(flat[:, columns], weights, rows, out, bf16)
+                mixed = np.ascontiguousarray(flat[:, columns])
+                kernels.rows_axpy(mixed, weights, rows, out, bf16)
             else:
                 part = np.empty((flat.shape[0], rows.size), np.float32)
                 kernels.rows_dot(flat, weights, rows, part, bf16)

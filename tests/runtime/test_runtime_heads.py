@@ -1,6 +1,7 @@
 """KV groups that the drive leaves out: what the rest computes, what is staged, and who may say."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from csd_device.firmware.selection import kept_count
-from csd_protocol.packed import Role
+from csd_protocol.packed import PackedModel, Role
 from csd_protocol.program_file import encode_frequency
 from host_client.calibrate.builders import Recipe
 from host_client.calibrate.calibration import walk
@@ -18,14 +19,14 @@ from host_client.calibrate.predictor import load_predictor
 from host_client.calibrate.preparation import Kind, build_predictor
 from host_client.driver import CommandFailed
 from host_client.model.safetensors_folder import SafetensorsFolder
-from host_client.runtime import engine
+from host_client.runtime import causal_lm, engine
 from host_client.runtime.head_groups import kept_by_layer, kept_fraction
-from host_client.runtime.plan import make_plan
+from host_client.runtime.plan import Plan, make_plan
 from host_client.runtime.refusals import NoPredictor, RequestRefused
 
 NAME, LAYERS, GROUPS, NEURONS = "tied", 4, 2, 160
 FEWER = [2, 3]  # layers that leave groups out: all but the first two
-PROGRAM, CONTEXT, HIDDEN = 5, 64, 64
+PROGRAM, HIDDEN = 5, 64
 PROMPT, DECODED = 5, 6
 CLOSE = 1e-5
 
@@ -105,24 +106,29 @@ def test_three_of_four_groups_need_not_lie_side_by_side(
     assert far_from(decode(model, ids), expected) <= CLOSE
 
 
-def test_groups_that_are_resident_are_always_computed(lab, far_from, tokens_of) -> None:
+def test_groups_that_are_resident_are_always_computed(
+    lab, far_from, tokens_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two in a layer, which no plan comes to; and all of them."""
     load_norms(lab, 0)
-    _, packed = lab.packed(NAME)
-    heads = [packed.find(Role.HEADS, layer).site for layer in FEWER]
 
-    def resident(budget_bytes: int) -> list[int]:
-        plan = make_plan(packed, budget_bytes, CONTEXT)
-        return [plan.resident_units[site] for site in heads]
+    def plan_with_a_group(packed: PackedModel, *given: Any) -> Plan:
+        plan = make_plan(packed, *given)
+        more = {packed.find(Role.HEADS, FEWER[0]).site: 1}
+        return replace(plan, resident_units=plan.resident_units | more)
 
-    budgets = [lab.budget(NAME, share) for share in np.linspace(0, 1, 200)]
-    budget = next(budget for budget in budgets if resident(budget) == [GROUPS, 0])
     ids = tokens_of(lab, NAME, PROMPT + DECODED)
-    expected = decode(without_group(lab.zoo.dense(NAME), 0, FEWER[1:]), ids)
-    model = lab.open(NAME, budget, "1+heads=0.5", context=CONTEXT)
-    assert far_from(decode(model, ids), expected) <= CLOSE
+    dense = lab.zoo.dense(NAME)
     whole = lab.open(NAME, "300%", "1+heads=0.5")
-    assert far_from(decode(whole, ids), decode(lab.zoo.dense(NAME), ids)) <= CLOSE
+    assert far_from(decode(whole, ids), decode(dense, ids)) <= CLOSE
     assert whole.csd.tally.program_ns == 0
+    monkeypatch.setattr(causal_lm, "make_plan", plan_with_a_group)
+    model = lab.open(NAME, lab.budget(NAME, 0.0), "1+heads=0.5")
+    expected = decode(without_group(dense, 0, FEWER[1:]), ids)
+    assert far_from(decode(model, ids), expected) <= CLOSE
+    model.csd.close()
+    exact = lab.open(NAME, lab.budget(NAME, 0.0))
+    assert far_from(decode(exact, ids), decode(dense, ids)) <= CLOSE
 
 
 def test_a_share_that_leaves_no_group_out_is_exact(lab, far_from, tokens_of) -> None:
@@ -204,17 +210,29 @@ def test_without_a_program_for_heads_they_are_refused(lab) -> None:
         lab.open(NAME, "300%", "1+heads=0.5", lookahead=0)
 
 
-def test_a_program_of_other_heads_fails_the_pass_and_nothing_else(lab, far_from, tokens_of) -> None:
+def test_a_program_of_other_heads_is_refused_and_the_drive_goes_on(
+    lab, far_from, tokens_of
+) -> None:
     lab.packed(NAME)
     norms = dict.fromkeys(range(LAYERS), np.ones(GROUPS + 1))
     lab.drive.load_program(PROGRAM, encode_frequency(NAME, norms, role=Role.HEADS))
-    model = lab.open(NAME, lab.budget(NAME, 0.0), "1+heads=0.5")
-    ids = tokens_of(lab, NAME, PROMPT)
+    with pytest.raises(CommandFailed, match=r"does not score the 2 units of .*heads"):
+        lab.open(NAME, lab.budget(NAME, 0.0), "1+heads=0.5")
+    model, ids = lab.open(NAME, lab.budget(NAME, 0.0)), tokens_of(lab, NAME, PROMPT)
     with torch.inference_mode():
-        with pytest.raises(CommandFailed, match=r"does not score the 2 units of .*heads"):
+        assert far_from(model(ids).logits, lab.zoo.dense(NAME)(ids).logits) <= CLOSE
+
+
+def test_a_program_taken_away_fails_the_pass_and_nothing_else(lab, far_from, tokens_of) -> None:
+    load(lab, Kind.SHADOW, 4)
+    load_norms(lab, 0)
+    model = lab.open(NAME, lab.budget(NAME, 0.0), "0.5+heads=0.5")
+    ids = tokens_of(lab, NAME, PROMPT)
+    lab.drive.unload_program(PROGRAM)
+    with torch.inference_mode():
+        with pytest.raises(CommandFailed, match="No Program"):
             model(ids[:, :1])
-        dense = lab.zoo.dense(NAME)
-        assert far_from(model(ids).logits, dense(ids).logits) <= CLOSE
+        assert far_from(model(ids).logits, lab.zoo.dense(NAME)(ids).logits) <= CLOSE
 
 
 # ---- what is built for heads --------------------------------------------------------------------

@@ -96,6 +96,7 @@ def _programs(controller: Controller) -> dict[str, Any]:
                 "kind": stored.program.kind.value,
                 "model": stored.program.model,
                 "role": stored.program.role.value,
+                "kv_groups": stored.program.kv_groups,
                 "bytes": stored.program.dram_bytes,
                 "active": stored.active,
                 "layers": list(stored.program.layers),

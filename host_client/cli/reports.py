@@ -218,16 +218,22 @@ def _predicted(report: "GenerationReport") -> str:
             f"experts, by the drive's {report.predictor}: {report.expert_recall:.0%} of those that "
             f"the routers chose were on their way before"
         )
-    text = (
-        f"{report.kept:.3g} of the neurons, chosen by the drive's {report.predictor} program, "
-        f"{_ahead(report)}; what is resident counts as well"
-    )
+    chosen = []
+    if report.heads_predictor is not None:
+        chosen.append(_chosen("KV groups", report.kept_heads, report.heads_predictor))
+    if report.kept < 1.0 or not chosen:
+        chosen.append(_chosen("neurons", report.kept, report.predictor))
+    text = f"{', and '.join(chosen)}, {_ahead(report)}; what is resident counts as well"
     if report.recall is not None and report.covered is not None:
         text += (
             f". Of what the true input wanted, {report.recall:.0%} were chosen and "
             f"{report.covered:.0%} computed"
         )
     return text
+
+
+def _chosen(what: str, share: float, predictor: str) -> str:
+    return f"{share:.3g} of the {what}, chosen by the drive's {predictor} program"
 
 
 def _ahead(report: "GenerationReport") -> str:

@@ -64,6 +64,12 @@ class CsdRuntime:
         return self.guidance.near.kind if self.guidance is not None else None
 
     @property
+    def heads_predictor(self) -> str | None:
+        """Kind of the program that chooses KV groups; None where all are kept."""
+        heads = self.guidance.heads if self.guidance is not None else None
+        return heads.kind if heads is not None else None
+
+    @property
     def lookahead(self) -> int | None:
         """Layers ahead that it is asked; None where none is."""
         if self.gating is not None and self.gating.gate is not None:

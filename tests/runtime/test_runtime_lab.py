@@ -28,6 +28,7 @@ from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.quality import perplexity_token_by_token
 from host_client.model.errors import MissingTensor
 from host_client.model.safetensors_folder import SafetensorsFolder
+from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer
 from host_client.runtime.quality import Quality
 
 NAME = "tied"
@@ -111,6 +112,26 @@ def test_a_program_costs_in_the_lab_what_it_costs_through_the_drive(
     through_drive = perplexity_token_by_token(runtime, split, lambda done, total: None)
     assert outcome.perplexity == pytest.approx(through_drive, rel=1e-3)
     assert abs(outcome.against_dense) > (0.01 if correction is None else 0.002)
+
+
+@pytest.mark.parametrize("share, lookahead", [(1.0, 1), (0.5, 1), (0.5, 2)])
+def test_leaving_heads_out_costs_in_the_lab_what_it_costs_through_the_drive(
+    lab, open_dense, windows, share: float, lookahead: int
+) -> None:
+    model = open_dense(NAME)
+    groups, layers = model.shape.kv_heads, model.shape.layers
+    fewer = kept_by_layer(0.5, groups, layers, DENSE_LAYERS_DEFAULT)
+    assert fewer == [2, 2, 1, 1]
+    setting = Setting("", lambda: Rollout(model, "low", lookahead), kept(model, share), heads=fewer)
+    (outcome,) = Lab(model, views_of(model), windows).measure([setting]).outcomes
+    lab.drive.load_program(5, rollout_file(model))
+    quality = Quality(share, heads=0.5)
+    runtime = lab.open(NAME, lab.budget(NAME, 0.0), quality, lookahead=lookahead)
+    split = [window[None] for window in windows]
+    through_drive = perplexity_token_by_token(runtime, split, lambda done, total: None)
+    assert outcome.perplexity == pytest.approx(through_drive, rel=1e-3)
+    assert abs(outcome.against_dense) > 0.002
+    assert outcome.groups_recall > 0.7
 
 
 def shadow_file(model: DenseModel) -> bytes:

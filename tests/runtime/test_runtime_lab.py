@@ -19,13 +19,13 @@ from host_client.calibrate.choosers import (
     Rollout,
     Shadow,
     Window,
-    top,
 )
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.lab import Lab, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.quality import perplexity_token_by_token
+from host_client.calibrate.selection import count_top, top
 from host_client.model.errors import MissingTensor
 from host_client.model.safetensors_folder import SafetensorsFolder
 from host_client.runtime.quality import Quality

@@ -152,11 +152,9 @@ class Lab:
         losses = [Losses() for _ in states]
         for start in range(0, targets.numel(), _LOGIT_ROWS):
             part = slice(start, start + _LOGIT_ROWS)
-            dense = self.model.logits(states[0][part])
-            truth = Truth.of(dense, targets[part])
-            losses[0].add(truth, dense)
-            for loss, hidden in zip(losses[1:], states[1:], strict=True):
-                loss.add(truth, self.model.logits(hidden[part]))
+            truth = Truth.of(self.model.logits(states[0][part]), targets[part])
+            found = [truth.losses_of(self.model.logits(hidden[part])) for hidden in states[1:]]
+            losses = [of + more for of, more in zip(losses, [truth.losses, *found], strict=True)]
         return losses
 
     def _report(

@@ -72,18 +72,6 @@ class Outcome(BaseModel):
         )
 
 
-class Provenance(BaseModel):
-    """Where the figures come from: what it takes to get them again."""
-
-    held_out_text: str
-    held_out_sha256: str  # of the token ids, int64 little-endian
-    calibration_text: str | None  # None: nothing was calibrated
-    calibration_tokens: int
-    arithmetic: str  # factors of matrix products
-    resident_share: float | None  # of FFN units, held by the host
-    versions: dict[str, str]
-
-
 class QualityReport(BaseModel):
     """A table: every setting on the same positions of the same text."""
 
@@ -91,7 +79,7 @@ class QualityReport(BaseModel):
     scored: int  # positions: all but the first of each window
     window: int
     dense_perplexity: float
-    dense_bytes_per_token: float  # of a pass that leaves nothing out: the same bytes as in `Outcome`
+    dense_bytes_per_token: float  # of a pass that leaves nothing out, counted as in `Outcome`
     dense_heads_bytes_per_token: float | None
     outcomes: list[Outcome]
 

@@ -51,7 +51,7 @@ def _mark(bits: Any, count: Any, marks: Any) -> None:
 def _count(marks: Any, bits: Any, count: Any) -> int:
     keys = np.empty(bits.shape[1], np.uint32)
     best = np.empty(bits.shape[1], np.bool_)
-    found = 0
+    found = np.int64(0)
     for row in range(bits.shape[0]):
         _order(bits[row], keys)
         _choose(keys, count, best)
@@ -59,7 +59,7 @@ def _count(marks: Any, bits: Any, count: Any) -> int:
         for index in range(best.shape[0]):
             common += np.int32(best[index] and marks[row, index])
         found += common
-    return found
+    return int(found)
 
 
 @njit(nogil=True, cache=True)

@@ -77,11 +77,15 @@ def _draw_losses(axes: Any, report: QualityReport, styles: dict[str, dict[str, A
     axes.set_yscale("log")
     axes.set_ylim(_LOSS_LEAST, None)
     axes.set_xlim(0, dense * 1.02)
-    axes.yaxis.set_major_formatter(lambda value, _: f"+{value:g} %")
+    axes.yaxis.set_major_formatter(_percent)
     axes.set_xlabel("staged a token, MiB of FFN units at 16 bits")
     axes.set_ylabel("perplexity above dense")
     axes.grid(alpha=0.3, which="both")
     _label(axes, ends)
+
+
+def _percent(value: float, _: int) -> str:
+    return f"+{value:g} %" if value > _LOSS_LEAST else "none"
 
 
 def _draw_recalls(axes: Any, report: QualityReport, styles: dict[str, dict[str, Any]]) -> None:
@@ -104,6 +108,7 @@ def _label(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
     """Each curve's name at the right edge, a line to its end; names keep off each other."""
     if not ends:
         return
+    axes.get_ylim()  # settles the limits, which the places hang on
     to_axes = axes.transData + axes.transAxes.inverted()
     places = sorted(
         (float(to_axes.transform((x, y))[1]), x, y, text, colour) for x, y, text, colour in ends

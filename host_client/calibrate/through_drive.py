@@ -27,15 +27,18 @@ from host_client.runtime.quality import Quality
 Watch = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # progress of a setting
 
 
-def check_askable(asked: Asked) -> None:
+def check_askable(settings: Sequence[Asked]) -> None:
     """Raises ValueError for what the lab alone can measure."""
-    if asked.rows not in (None, Rows()):
-        raise ValueError(
-            f"{asked.name}: a drive computes with the rows of the program it has. Build that with "
-            "`csd predictor build --bits --fit`, and leave bits and fit out here"
-        )
-    if asked.program == "shadow" and asked.lookahead == AT_FFN:
-        raise ValueError(f"{asked.name}: a drive is asked ahead of the FFN. Write shadow@0 or more")
+    for asked in settings:
+        if asked.rows not in (None, Rows()):
+            raise ValueError(
+                f"{asked.name}: a drive computes with the rows of the program it has. Build that "
+                "with `csd predictor build --bits --fit`, and leave bits and fit out here"
+            )
+        if asked.program == "shadow" and asked.lookahead == AT_FFN:
+            raise ValueError(
+                f"{asked.name}: a drive is asked ahead of the FFN. Write shadow@0 or more"
+            )
 
 
 def measure_through_drive(
@@ -50,8 +53,7 @@ def measure_through_drive(
 
     Raises ValueError as `check_askable` does, RequestRefused where a program is not there.
     """
-    for asked in settings:
-        check_askable(asked)
+    check_askable(settings)
     context = max(window.numel() for window in windows)
     exact = CsdModelForCausalLM.from_pretrained(name, drive, dram, context=context)
     try:

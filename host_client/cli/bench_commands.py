@@ -101,28 +101,25 @@ def quality(
 
     On held-out text, layer by layer in this process, or with --through-drive as it is used.
     """
-    if plot is not None:
-        _check_plot()
+    _check_outputs(plot, to)
     source = resolve_source(model)
+    asked = _asked(settings or (_DRIVE_SETTINGS if through_drive else DEFAULT_SETTINGS))
+    tokens = tokens or (_DRIVE_TOKENS if through_drive else _LAB_TOKENS)
+    held_out = _windows(partial(held_out_windows, tokens=tokens), source)
     if through_drive:
-        asked = _asked(settings or _DRIVE_SETTINGS, through_drive)
-        held_out = _windows(partial(held_out_windows, tokens=tokens or _DRIVE_TOKENS), source)
-        with open_drive(drive, time) as opened:
-            split = [window[None] for window in held_out]
-            report = measure_through_drive(opened, source.name, asked, split, dram, progress_count)
+        report = _through_drive(source, asked, held_out, dram, drive, time)
         provenance = provenance_of(held_out, dram=dram)
     else:
-        asked = _asked(settings or DEFAULT_SETTINGS, through_drive)
-        held_out = _windows(partial(held_out_windows, tokens=tokens or _LAB_TOKENS), source)
-        seen = _windows(partial(calibration_windows, tokens=calibration, files=text or []), source)
+        files = text or []
+        seen = _windows(partial(calibration_windows, tokens=calibration, files=files), source)
         report = _swept(source, asked, held_out, seen, resident, arithmetic.dtype)
-        files = [file.name for file in text or []]
-        provenance = provenance_of(held_out, seen, files, arithmetic.value, resident)
-    if plot is not None:
-        write_plot(report, source.name, plot)
+        names = [file.name for file in files]
+        provenance = provenance_of(held_out, seen, names, arithmetic.value, resident)
     told = {"model": source.name, "provenance": provenance.model_dump(), **report.model_dump()}
     if to is not None:
         to.write_text(json.dumps(told, indent=1) + "\n")
+    if plot is not None:
+        write_plot(report, source.name, plot)
     if as_json:
         typer.echo(json.dumps(told))
     elif markdown:
@@ -131,22 +128,24 @@ def quality(
         out.print(quality_table(source.name, report))
 
 
-def _check_plot() -> None:
+def _check_outputs(plot: Path | None, to: Path | None) -> None:
+    """Before minutes of work, not behind them."""
+    for path, option in ((plot, "--plot"), (to, "--to")):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
+    if plot is None:
+        return
     try:
         check_plot()
     except ModuleNotFoundError as error:
         raise typer.BadParameter(str(error), param_hint="--plot") from None
 
 
-def _asked(settings: Sequence[str], through_drive: bool) -> list[Asked]:
+def _asked(settings: Sequence[str]) -> list[Asked]:
     try:
-        asked = [parse(setting) for setting in settings]
-        if through_drive:
-            for setting in asked:
-                check_askable(setting)
+        return [parse(setting) for setting in settings]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--setting") from None
-    return asked
 
 
 def _windows(cut: Callable[[Any], torch.Tensor], source: Source) -> torch.Tensor:
@@ -171,3 +170,20 @@ def _swept(
             prepared = prepare(dense, seen, asked, resident, update)
         with progress_count(f"{len(asked)} settings, layers") as update:
             return sweep(prepared, held_out, asked, update)
+
+
+def _through_drive(
+    source: Source,
+    asked: list[Asked],
+    held_out: torch.Tensor,
+    dram: str,
+    drive: str | None,
+    time: TimeMode,
+) -> QualityReport:
+    try:
+        check_askable(asked)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--setting") from None
+    windows = [window[None] for window in held_out]
+    with open_drive(drive, time) as opened:
+        return measure_through_drive(opened, source.name, asked, windows, dram, progress_count)

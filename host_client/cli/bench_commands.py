@@ -120,12 +120,18 @@ def quality(
         to.write_text(json.dumps(told, indent=1) + "\n")
     if plot is not None:
         write_plot(report, source.name, plot)
+    _print(source.name, report, told, markdown, as_json)
+
+
+def _print(
+    model: str, report: QualityReport, told: dict[str, Any], markdown: bool, as_json: bool
+) -> None:
     if as_json:
         typer.echo(json.dumps(told))
     elif markdown:
         typer.echo(quality_markdown(report))
     else:
-        out.print(quality_table(source.name, report))
+        out.print(quality_table(model, report))
 
 
 def _check_outputs(plot: Path | None, to: Path | None) -> None:

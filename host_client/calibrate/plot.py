@@ -56,7 +56,7 @@ def _styles(report: QualityReport) -> dict[str, dict[str, Any]]:
         styles[program] = {
             "color": _BOUND if bound else colormaps[_COLOURS](number % 10),
             "linestyle": (0, (1, 1)) if bound else _LINES[number // 3 % len(_LINES)],
-            "marker": "" if bound else _MARKERS[number % len(_MARKERS)],
+            "marker": "o" if bound else _MARKERS[number % len(_MARKERS)],
             "linewidth": 3 if bound else 1.6,
         }
     return styles

@@ -27,11 +27,12 @@ from csd_protocol.program_file import (
     encode_window,
 )
 from host_client.calibrate.calibration import LayerStatistics, ridge, walk
-from host_client.calibrate.choosers import top, unit_scores
+from host_client.calibrate.choosers import unit_scores
 from host_client.calibrate.dense_model import DecoderLayer, DenseModel
 from host_client.calibrate.lab import WANTED_SHARE
 from host_client.calibrate.low_bit_layers import group_of, round_layer
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
+from host_client.calibrate.selection import top
 from host_client.driver import Drive
 from host_client.model.errors import UnsupportedModel
 

@@ -8,7 +8,6 @@ activations in bfloat16. Rounds alternate.
 
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.ratio import Ratio
-from benchmarks.stopwatch import seconds_of
+from benchmarks.stopwatch import medians_of
 from csd_protocol.low_bit_units import GROUP
 from csd_protocol.packed import Bits
 from host_client.model.unit_bits import rounded
@@ -64,9 +63,7 @@ def _torch_product(rng: np.random.Generator, inputs: F32, rows: int) -> Run:
 def _compare(
     name: str, rows: int, ours: Run, reference: Run, rounds: int, against: str, floor: float
 ) -> Ratio:
-    """Medians of rounds; a first one does not count."""
-    pairs = [(seconds_of(ours), seconds_of(reference)) for _ in range(1 + rounds)][1:]
-    ours_s, reference_s = (median(column) for column in zip(*pairs, strict=True))
+    ours_s, reference_s = medians_of(ours, reference, rounds)
     return Ratio(
         name=name,
         ours=rows / ours_s,

@@ -102,7 +102,7 @@ def read_units(storage: BlockStorage, site: Site, start: int, stop: int, at: int
     """
     offset = (at or site.offset_bytes) + start * site.unit_bytes
     data = _read_range(storage, offset, (stop - start) * site.unit_bytes)
-    return np.frombuffer(data, "<u2").reshape(stop - start, site.rows, -1)
+    return np.frombuffer(data, "<u2").reshape(stop - start, site.rows, site.row_bytes // 2)
 
 
 def _frequencies_shape(model: PackedModel) -> tuple[int, int]:

@@ -82,7 +82,7 @@ def _scores(x: F32, values: U16, encoding: Encoding) -> F32:
 def down_norms(units: U16, hidden: int, encoding: Encoding) -> F32:
     """L2 norm of each neuron's down column. units uint16 [n, words] -> float32 [n]."""
     down = np.empty((units.shape[0], hidden), np.float32)
-    rows = units.reshape(3 * units.shape[0], -1)
+    rows = units.reshape(3 * units.shape[0], units.shape[1] // 3)
     kernels.widen_rows(rows, np.arange(2, rows.shape[0], 3), down, encoding)
     norms: F32 = np.linalg.norm(down, axis=1)
     return norms

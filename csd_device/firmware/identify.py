@@ -43,7 +43,16 @@ def _controller(controller: Controller) -> dict[str, Any]:
             "ops_per_s": config.compute.ops_per_s,
             "program_kinds": [kind.value for kind in ProgramKind],
         },
-        "link": {"bytes_per_s": config.link.bytes_per_s},
+        "link": {
+            "bytes_per_s": config.link.bytes_per_s,
+            "payload_bytes_per_s": config.link.payload_bytes_per_s,
+            "firmware_ns": config.link.firmware_ns,
+        },
+        "nand": {"bytes_per_s": config.nand_bytes_per_s, "read_ns": config.timing.mean_read_ns},
+        "dram": {
+            "bytes_per_s": config.dram.bandwidth_bytes_per_s,
+            "unit_cache_bytes": controller.stager.cache.capacity_bytes,
+        },
         "namespaces": [NAMESPACE],
     }
 

@@ -128,6 +128,18 @@ def test_plan_keeps_to_its_budget(csd: CommandLine, device: Device) -> None:
     staged = [plan["staged_bytes_per_token"] for plan in plans]
     assert staged == sorted(staged, reverse=True)
     assert staged[-1] > 0
+    for plan in plans:
+        drives = [entry["drive"] for entry in plan["modelled"]]
+        assert drives == ["cloud", "edge", "end", "edge-gen5"]
+        for entry in plan["modelled"]:
+            parts = [entry[f"{name}_ns"] for name in ("nand", "dram", "link", "host")]
+            assert max(parts) <= entry["token_ns"] <= sum(parts)
+            assert entry["compute_ns"] == 0  # exact: no program runs
+
+
+@pytest.mark.parametrize("rate", ["fast", "0"])
+def test_a_host_rate_is_a_size(csd: CommandLine, device: Device, rate: str) -> None:
+    csd("plan", MODEL, "--host-rate", rate, drive=device).refused(2)
 
 
 def test_the_drive_speaks_of_itself(csd: CommandLine, device: Device) -> None:

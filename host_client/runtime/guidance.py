@@ -4,24 +4,35 @@ At lookahead k, layer l + k is asked for with the hidden state behind layer l's 
 FFN and the next attention compute; at lookahead 0, layer l with the state that enters it, behind
 its own attention alone. The first layers take what there is: layer 0 the embedding, the next ones
 the state behind layer 0's attention. The nearer, the better the choice.
+
+The *near* program decides what crosses to the host, and so what counts. A *far* one may bring units
+of layers further ahead into on-drive DRAM (`far_level`): it decides when, never what.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from csd_protocol.opcodes import Cns
 from csd_protocol.packed import PackedModel, Role
 from csd_protocol.status import Status
+from csd_protocol.units import format_size
 from host_client.driver import CommandFailed, Drive
 from host_client.driver.commands import Origin, Told
+from host_client.runtime.lookahead import AUTO, Lookahead, Moves
 from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import NoPredictor, RequestRefused
 
+U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
 
-PREFERRED = ("rollout", "shadow", "frequency")  # which kind of program guides unless one is named
-REMEMBERING = ("rollout",)  # kinds that score by earlier tokens of the text as well
+# Which kind of program is asked unless one is named; any other kind guides by name only.
+NEAR_KINDS = ("rollout", "shadow", "farsight", "svd", "mlp", "lowrank", "frequency", "window")
+FAR_KINDS = ("farsight", "rollout", "window", "frequency", "shadow", "svd", "mlp", "lowrank")
+NO_FAR = "none"
+UNNAMED = (AUTO, NO_FAR)
+FAR_START = 4  # layers, before anything is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +41,25 @@ class Guide:
 
     program: int
     kind: str
-    lookahead: int
+    ahead: Lookahead
+
+    @property
+    def observes(self) -> bool:
+        """Whether it is told which units were active."""
+        return self.kind == "window"
+
+    @property
+    def sees_embedding(self) -> bool:
+        """Whether it speaks for all layers from the state that enters the first one."""
+        return self.kind == "farsight"
+
+    def hears(self, layer: int) -> bool:
+        """Whether it is told of a prompt's states that enter this layer."""
+        return self.kind == "rollout" or (self.sees_embedding and layer == 0)
+
+    def last_asked(self, origin: Origin) -> int:
+        """The last layer that is to be asked for with a state from there."""
+        return origin.layer + self.ahead.layers if origin.behind_attention else origin.layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +71,36 @@ class Ask:
     hidden: F32
     told: Told
 
+    def again(self) -> "Ask":
+        """The same in a further command: what was observed is told once."""
+        return replace(self, told=replace(self.told, observed={}))
+
+
+@dataclass(slots=True)
+class Asker:
+    """Asks one program as a text goes on: keeps what it has to be shown until then."""
+
+    guide: Guide
+    _embedding: F32 | None = None
+    _observed: dict[int, U32] = field(default_factory=dict)  # by site, not told yet
+
+    def enter(self, layer: int, hidden: F32) -> None:
+        """The state [rows, hidden] enters a layer."""
+        if layer == 0 and self.guide.sees_embedding:
+            self._embedding = hidden
+
+    def observe(self, site: int, units: U32) -> None:
+        """These units of a site were active, ascending."""
+        if self.guide.observes:
+            self._observed[site] = units
+
+    def ask(self, token: int, hidden: F32, origin: Origin) -> Ask:
+        """To be sent: it holds what was observed and not told before."""
+        if self._embedding is not None:
+            hidden, origin = self._embedding, Origin(0)
+        observed, self._observed = self._observed, {}
+        return Ask(self.guide.program, token, hidden, Told(origin, observed))
+
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
@@ -49,20 +108,8 @@ class Guidance:
 
     near: Guide  # decides what crosses to the host
     corrector: int | None = None  # the program that speaks for what was left out
-
-    @property
-    def takes_notes(self) -> bool:
-        """Whether the near program has to be told of every token of a text."""
-        return self.near.kind in REMEMBERING
-
-    def last_asked(self, origin: Origin) -> int:
-        """The last layer that is to be asked for with a state from there."""
-        if origin.behind_attention:
-            return origin.layer + self.near.lookahead
-        return origin.layer
-
-    def ask(self, token: int, hidden: F32, origin: Origin) -> Ask:
-        return Ask(self.near.program, token, hidden, Told(origin))
+    far: Guide | None = None  # brings units of later layers into on-drive DRAM
+    no_far: str = ""  # why there is none
 
 
 class Programs:
@@ -82,6 +129,28 @@ class Programs:
     def __str__(self) -> str:
         kinds = ", ".join(sorted(self.by_kind))
         return f"active are {kinds}" if kinds else "none is active"
+
+    def first(self, kinds: tuple[str, ...]) -> tuple[tuple[int, str] | None, str]:
+        """Number and kind of the first that the drive can run for this host; and why not others."""
+        refused = ""
+        for kind in kinds:
+            program = self.by_kind.get(kind)
+            if program is None:
+                continue
+            try:
+                self.meet(program)
+            except CommandFailed as failed:
+                if failed.status is not Status.DRAM_EXCEEDED:
+                    raise
+                refused = f" {kind}: {failed}."
+            else:
+                return (program, kind), ""
+        return None, refused
+
+    def cache_bytes(self) -> int:
+        """Of the drive's unit cache."""
+        capacity: int = self._drive.identify(Cns.WINDOW)["unit_cache"]["capacity_bytes"]
+        return capacity
 
     def meet(self, program: int) -> None:
         """Has the drive make room for what a program remembers of this host.
@@ -107,54 +176,83 @@ class Programs:
 
 
 def choose_guidance(
-    programs: Programs, name: str, quality: Quality, lookahead: int, predictor: str | None = None
+    programs: Programs,
+    name: str,
+    quality: Quality,
+    near: Lookahead,
+    predictor: str | None = None,
+    far: str = AUTO,
+    staged_bytes: int = 0,
 ) -> Guidance | None:
     """The programs for this quality of the model `name`; None where nothing is left out.
 
-    predictor: the kind that is to guide. Raises NoPredictor, RequestRefused.
+    near: how many layers ahead. predictor: the kind that is to guide. far: `auto`, `none`, or the
+    kind of the far level, also KIND@LAYERS. staged_bytes: of all layers, what the host does not
+    hold. Raises NoPredictor, RequestRefused.
     """
     if quality.exact:
-        if predictor is not None:
-            raise RequestRefused(
-                f"predictor {predictor}: quality exact needs every neuron, so there is nothing to "
-                f"predict. Leave the predictor out, or ask for a kept fraction like 0.5"
-            )
+        for level, kind in (("predictor", predictor), ("far", None if far in UNNAMED else far)):
+            if kind is not None:
+                raise RequestRefused(
+                    f"{level} {kind}: quality exact needs every neuron, so there is nothing to "
+                    f"predict. Leave the {level} out, or ask for a kept fraction like 0.5"
+                )
         return None
     if quality.heads < 1.0:
         raise RequestRefused(f"quality {quality}: attention heads are not predicted yet")
-    near = Guide(*_near(programs, name, quality, predictor), lookahead)
-    if not quality.corrected:
-        return Guidance(near)
-    return Guidance(near, _corrector(programs, name, quality, near))
+    guide = Guide(*_near(programs, name, quality, predictor), near)
+    corrector = _corrector(programs, name, quality, guide) if quality.corrected else None
+    return Guidance(guide, corrector, *_far(programs, name, guide, far, staged_bytes))
 
 
 def _near(
     programs: Programs, name: str, quality: Quality, predictor: str | None
 ) -> tuple[int, str]:
     """Number and kind of the first program that the drive can run for this host."""
-    refused = ""
-    for kind in PREFERRED if predictor is None else (predictor,):
-        program = programs.by_kind.get(kind)
-        if program is None:
-            continue
-        try:
-            programs.meet(program)
-        except CommandFailed as failed:
-            if failed.status is not Status.DRAM_EXCEEDED:
-                raise
-            refused = f" {kind}: {failed}."
-        else:
-            return program, kind
+    kinds = NEAR_KINDS if predictor is None else (predictor,)
+    found, refused = programs.first(kinds)
+    if found is not None:
+        return found
     wanted = "a predictor" if predictor is None else f"the predictor {predictor}"
     raise NoPredictor(
         f"quality {quality} needs {wanted} for {name} on the drive, and {programs}.{refused} Run "
-        f"`csd predictor build {predictor or PREFERRED[0]} {name}`, or ask for --quality exact"
+        f"`csd predictor build {predictor or NEAR_KINDS[0]} {name}`, or ask for --quality exact"
     )
+
+
+def _far(
+    programs: Programs, name: str, near: Guide, far: str, staged_bytes: int
+) -> tuple[Guide | None, str]:
+    """Who brings units into on-drive DRAM ahead of the near program; or None and why nobody does.
+
+    Raises NoPredictor for a kind that is named and not there, RequestRefused.
+    """
+    if far == NO_FAR:
+        return None, "it was switched off"
+    kind, _, layers = far.partition("@")
+    if kind != AUTO and kind not in programs.by_kind:
+        raise NoPredictor(
+            f"a far level of {kind} needs that program for {name} on the drive, and {programs}. "
+            f"Run `csd predictor build {kind} {name}`, or leave --far out"
+        )
+    cache_bytes = programs.cache_bytes()
+    if not cache_bytes:
+        return None, "the drive has no unit cache to bring units into"
+    if kind == AUTO and cache_bytes >= staged_bytes:
+        return None, f"the drive's unit cache, {format_size(cache_bytes)}, holds all that is staged"
+    found, refused = programs.first(FAR_KINDS if kind == AUTO else (kind,))
+    if found is None:
+        return None, f"the drive has no room for it.{refused}"
+    if layers:
+        ahead = Lookahead.parse(layers, FAR_START)
+    else:
+        ahead = Lookahead(near.ahead.layers + FAR_START, Moves.ALWAYS, near.ahead)
+    return Guide(*found, ahead), ""
 
 
 def _corrector(programs: Programs, name: str, quality: Quality, near: Guide) -> int:
     """The near program if it can, else another that can."""
-    others = [programs.by_kind[kind] for kind in PREFERRED if kind in programs.by_kind]
+    others = [programs.by_kind[kind] for kind in NEAR_KINDS if kind in programs.by_kind]
     for program in dict.fromkeys([near.program, *others]):
         if programs.can_correct(program):
             return program

@@ -79,6 +79,13 @@ class CsdRuntime:
         return far.guide if far is not None and not far.stopped else None
 
     @property
+    def far_lookahead(self) -> int | None:
+        """Layers ahead that it is asked, at least; None where there is no far level."""
+        if self.far is None or self.lookahead is None:
+            return None
+        return self.lookahead + self.far.ahead.lead
+
+    @property
     def no_far(self) -> str | None:
         """Why there is no far level; None where there is one, or nothing to guide."""
         if self.engine.far is not None:

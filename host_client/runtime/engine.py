@@ -334,7 +334,7 @@ class Engine:
             self._next += len(steps)
             if _chooses(steps) and self._asker is not None:
                 ask = ask.again() if ask else self._asker.ask(self._token, hidden, origin)
-                self._prefetcher.request(steps, ask, self._shared_burst(due))
+                self._prefetcher.request(steps, ask, self._shared_due(origin, due))
             else:
                 self._prefetcher.request(steps)
         self._request_far(origin, hidden)
@@ -404,19 +404,29 @@ class Engine:
             self.far.begin()
         self._pace.begin()
 
-    def _shared_burst(self, due: int) -> list[Wanted]:
+    def _far_due(self, origin: Origin) -> list[Wanted]:
+        """What is due at the far level, with a state of the kind that the near one is asked with.
+
+        What enters the first layer is not, where its attention follows before the next command.
+        """
+        assert self._guidance is not None
+        if self.far is None or origin.behind_attention != (self._guidance.near.ahead.layers > 0):
+            return []
+        return self.far.due(self._next)
+
+    def _shared_due(self, origin: Origin, due: int) -> list[Wanted]:
         """What the near program's last command for now is to bring for the far level as well."""
         if self.far is None or not self.far.is_shared or self._next < due:
             return []
-        return self.far.burst(self._next)
+        return self._far_due(origin)
 
     def _request_far(self, origin: Origin, hidden: F32) -> None:
         """Ask the far program for what is due and went with no other command."""
         if self.far is not None:
             self.far.settle()
-            burst = self.far.burst(self._next)
-            if burst:
-                self.far.send(burst, self._token, hidden, origin)
+            due = self._far_due(origin)
+            if due:
+                self.far.send(due, self._token, hidden, origin)
 
     def _learn(self, answer: Staged) -> None:
         """What a command to the near program took."""

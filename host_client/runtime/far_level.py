@@ -5,11 +5,10 @@ host neither memory nor link. The near program's command finds there what was gu
 NAND's time leaves it. Nothing here decides what is computed, so nothing here may fail a pass: a
 drive that refuses is not asked again, and the report says why.
 
-Layers are asked for in bursts: once fewer than `lead` layers beyond the near program's were asked
-for, the next ones are, up to twice as far. So a program that carries states from layer to layer
-passes each of them about twice, however far it looks. A burst goes in the near program's own
-command where one program serves both levels, at no round trip; else in a command of its own, of
-which a few are in flight, and none is waited for.
+Each layer is asked for when it is `lead` layers from being asked for by the near program: a layer a
+command, so that NAND is never busy with a burst of guesses when the near program misses something.
+They go in the near program's own command where one program serves both levels, at no round trip;
+else in a command of their own, of which a few are in flight, and none is waited for.
 
 What a layer needs in any case (projections that are not resident) is brought with its guesses.
 """
@@ -53,7 +52,7 @@ class FarLevel:
         prompts, or the near program's notes tell it.
         """
         self.guide, self.asker = guide, asker
-        self.is_shared = asker.guide is not guide  # bursts go with the near program's commands
+        self.is_shared = asker.guide is not guide  # it goes with the near program's commands
         self.stopped = ""  # why it does not ask any more
         self._wanted = [tuple(filter(_can_ask, step.wanted)) for step in layers]
         self._copies, self._notes, self._tally = copies, notes, tally
@@ -65,18 +64,16 @@ class FarLevel:
         self._next = 0
         self.guide.ahead.end_pass()
 
-    def burst(self, near_next: int) -> list[Wanted]:
+    def due(self, near_next: int) -> list[Wanted]:
         """What to ask for now that the near program was asked for all layers before this one."""
-        lead, first = self.guide.ahead.lead, max(self._next, near_next)
-        if self.stopped or first >= min(near_next + lead, len(self._wanted)):
+        first, end = max(self._next, near_next), near_next + self.guide.ahead.lead
+        if self.stopped or (not self.is_shared and len(self._pending) == IN_FLIGHT_MAX):
             return []
-        if not self.is_shared and len(self._pending) == IN_FLIGHT_MAX:
-            return []
-        self._next = min(near_next + 2 * lead, len(self._wanted))
-        return [wanted for layer in self._wanted[first : self._next] for wanted in layer]
+        self._next = max(first, end)
+        return [wanted for layer in self._wanted[first:end] for wanted in layer]
 
     def send(self, wanted: Sequence[Wanted], token: int, hidden: F32, origin: Origin) -> None:
-        """Asks for a burst in a command of its own."""
+        """Asks in a command of its own."""
         ask = self.asker.ask(token, hidden, origin)
         targets = [target_of(entry, to_dram=True) for entry in wanted]
         self._pending.append(
@@ -91,7 +88,7 @@ class FarLevel:
             self._settle_one()
 
     def learn(self, staged: Staged) -> None:
-        """What became of a burst, from the answer to its command."""
+        """What became of it, from the answer to its command."""
         brought = [site for site in staged.sites if site.to_dram]
         if brought:
             ready_ns = max(site.ready_ns for site in brought)

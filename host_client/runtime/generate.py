@@ -64,7 +64,8 @@ class GenerationReport(BaseModel):
     far_refused: str | None  # why there is no far level, where one could be
     far_units: int  # brought from NAND
     far_units_used: int  # of those, found there by what was staged later
-    nand_wait_ns_per_token: float  # in decode, of commands to the window; modelled
+    window_ns_per_token: float  # in decode, what commands to the window took; modelled
+    nand_wait_ns_per_token: float  # of that, waiting for NAND
     reader: str
     drive: DriveReport
 
@@ -169,10 +170,11 @@ def generate(
         expert_recall=whole.expert_recall,
         covered=whole.covered,
         far_predictor=runtime.far.kind if runtime.far is not None else None,
-        far_lookahead=runtime.far.ahead.layers if runtime.far is not None else None,
+        far_lookahead=runtime.far_lookahead,
         far_refused=runtime.no_far,
         far_units=whole.brought_units,
         far_units_used=runtime.brought_units_used() - used_before,
+        window_ns_per_token=decode.window_ns / decoded,
         nand_wait_ns_per_token=decode.nand_wait_ns / decoded,
         reader=runtime.reader.name,
         drive=_drive_report(whole),

@@ -32,7 +32,6 @@ NEAR_KINDS = ("rollout", "shadow", "farsight", "svd", "mlp", "lowrank", "frequen
 FAR_KINDS = ("farsight", "rollout", "window", "frequency", "shadow", "svd", "mlp", "lowrank")
 NO_FAR = "none"
 UNNAMED = (AUTO, NO_FAR)
-FAR_START = 4  # layers, before anything is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +234,9 @@ def _far(
             f"a far level of {kind} needs that program for {name} on the drive, and {programs}. "
             f"Run `csd predictor build {kind} {name}`, or leave --far out"
         )
+    ahead = Lookahead(near.ahead.layers + 1, Moves.ALWAYS, near.ahead)
+    if layers:
+        ahead = Lookahead(Lookahead.steady(layers).layers, beyond=near.ahead)
     cache_bytes = programs.cache_bytes()
     if not cache_bytes:
         return None, "the drive has no unit cache to bring units into"
@@ -243,10 +245,6 @@ def _far(
     found, refused = programs.first(FAR_KINDS if kind == AUTO else (kind,))
     if found is None:
         return None, f"the drive has no room for it.{refused}"
-    if layers:
-        ahead = Lookahead.parse(layers, FAR_START)
-    else:
-        ahead = Lookahead(near.ahead.layers + FAR_START, Moves.ALWAYS, near.ahead)
     return Guide(*found, ahead), ""
 
 

@@ -48,8 +48,11 @@ class Lookahead:
     @classmethod
     def parse(cls, text: str | int, start: int) -> "Lookahead":
         """Layers, or `auto` for one that starts somewhere and settles. Raises RequestRefused."""
-        if text == AUTO:
-            return cls(start, Moves.ONCE)
+        return cls(start, Moves.ONCE) if text == AUTO else cls.steady(text)
+
+    @classmethod
+    def steady(cls, text: str | int) -> "Lookahead":
+        """So many layers. Raises RequestRefused."""
         try:
             layers = int(text)
         except ValueError:

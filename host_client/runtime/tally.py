@@ -19,6 +19,7 @@ class Tally:
     program_ns: int = 0
     nand_ns: int = 0
     nand_wait_ns: int = 0  # of that, what commands to the window took
+    window_ns: int = 0  # how long commands to the window took, from submission to completion
     dram_ns: int = 0
     link_ns: int = 0
     predicted_units: int = 0
@@ -47,6 +48,7 @@ class Tally:
                 self.predicted_units += int(site.predicted.size)
         if not all(site.to_dram for site in staged.sites):
             self.nand_wait_ns += staged.timing.nand_ns
+            self.window_ns += staged.timing.done_ns - staged.timing.submitted_ns
         self._add_timing(staged.timing)
 
     def add_run(self, timing: Timing) -> None:

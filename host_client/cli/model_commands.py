@@ -21,6 +21,7 @@ from host_client.cli.options import (
     DriveAddress,
     FarKind,
     Json,
+    LookaheadText,
     Model,
     PredictorKind,
     QualityText,
@@ -137,14 +138,7 @@ def generate(
         int | None,
         typer.Option(help="Tokens the KV cache has room for. Default: prompt and answer.", min=1),
     ] = None,
-    lookahead: Annotated[
-        str,
-        typer.Option(
-            metavar="LAYERS",
-            help="Layers ahead that the predictor is asked for; auto: as many as the times of the "
-            "first tokens ask for.",
-        ),
-    ] = str(LOOKAHEAD_DEFAULT),
+    lookahead: LookaheadText = str(LOOKAHEAD_DEFAULT),
     far: FarKind = AUTO,
     reader: Annotated[ReaderKind, typer.Option(help="How the window is read.")] = "auto",
     drive: DriveAddress = None,

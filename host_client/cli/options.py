@@ -56,6 +56,15 @@ PredictorKind = Annotated[
         "there: rollout, shadow, farsight, svd, mlp, lowrank, frequency, window.",
     ),
 ]
+LookaheadText = Annotated[
+    str,
+    typer.Option(
+        "--lookahead",
+        metavar="LAYERS",
+        help="Layers ahead that the predictor is asked for; auto: as many as the times of the "
+        "first tokens ask for.",
+    ),
+]
 FarKind = Annotated[
     str,
     typer.Option(

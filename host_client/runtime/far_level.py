@@ -28,7 +28,6 @@ from host_client.runtime.notes import Notes
 from host_client.runtime.prefetch import Step, Wanted, target_of
 from host_client.runtime.tally import Tally
 
-U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
 
 IN_FLIGHT_MAX = 4  # commands of its own: a drive that is behind with them is not asked for more
@@ -67,7 +66,7 @@ class FarLevel:
     def due(self, near_next: int) -> list[Wanted]:
         """What to ask for now that the near program was asked for all layers before this one."""
         first, end = max(self._next, near_next), near_next + self.guide.ahead.lead
-        if self.stopped or (not self.is_shared and len(self._pending) == IN_FLIGHT_MAX):
+        if self.stopped or len(self._pending) == IN_FLIGHT_MAX:
             return []
         self._next = max(first, end)
         return [wanted for layer in self._wanted[first:end] for wanted in layer]

@@ -140,8 +140,13 @@ class PendingUnits:
         self._copies, self._send, self._targets = copies, send, targets
         self._pending = send(copies.aimed(targets), release)
 
-    def result(self, timeout_s: float) -> Staged:
-        """What was staged; each attempt may take `timeout_s`.
+    @property
+    def is_done(self) -> bool:
+        """Whether the drive has answered the latest attempt."""
+        return self._pending.done()
+
+    def result(self, timeout_s: float | None = None) -> Staged:
+        """What was staged; each attempt may take `timeout_s` (None: the queue pair's own).
 
         Raises UnitsLost, and what `PendingCommand.result` raises.
         """

@@ -25,6 +25,9 @@ from host_client.calibrate.choosers import (
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.lab import WANTED_SHARE, Lab, LabReport, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
+from host_client.calibrate.measurement import measure
+from host_client.model.calibration_record import Calibration
+from host_client.runtime.allotment import allotted
 from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer
 
 Progress = Callable[[int, int], None]
@@ -39,6 +42,7 @@ class Prepared:
     shares: torch.Tensor  # float32 [layers, units]: how often each unit is wanted
     head_norms: torch.Tensor  # float32 [layers, groups]: mean norm of what each KV group adds
     resident: torch.Tensor  # bool [layers, units]: the units that the host holds
+    seen: torch.Tensor  # int64 [windows, tokens]: the text of all that
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +54,17 @@ class Asked:
     kept: float
     corrected: bool
     heads: float = 1.0
+    allotted: bool = False  # layers keep different shares, as `csd calibrate` finds
 
     @property
     def name(self) -> str:
         ahead = "" if self.lookahead == AT_FFN else f"@{self.lookahead}"
         words = [f"{self.kept:g}"] + ["correct"] * self.corrected
-        words += [f"heads={self.heads:g}"] * (self.heads < 1)
+        words += [f"heads={self.heads:g}"] * (self.heads < 1) + [_ALLOTTED] * self.allotted
         return f"{self.program}{ahead} {'+'.join(words)}"
 
 
+_ALLOTTED = "allotted"
 PROGRAMS = ("oracle", "shadow", "rollout", "frequency", "window")
 _NEED_LOOKAHEAD = ("shadow", "rollout")
 _SCORE_HEADS = ("oracle", "rollout", "frequency")
@@ -70,26 +76,28 @@ DEFAULT_SETTINGS = (
 
 
 def parse(text: str) -> Asked:
-    """PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE], as in rollout@1:0.33+correct.
+    """PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE][+allotted], as in rollout@1:0.33+correct.
 
     Raises ValueError.
     """
     program, _, quality = text.partition(":")
     program, _, ahead = program.partition("@")
     kept, *words = quality.split("+")
+    allotted = words[-1:] == [_ALLOTTED]
+    words = words[: len(words) - allotted]
     corrected = words[:1] == ["correct"]
     heads = [word.removeprefix("heads=") for word in words[corrected:]] or ["1"]
     lookahead = int(ahead) if ahead.isdigit() else AT_FFN
     if program == "rollout" and not ahead:
         lookahead = 1
-    asked = Asked(program, lookahead, _share(kept), corrected, _share(heads[0]))
+    asked = Asked(program, lookahead, _share(kept), corrected, _share(heads[0]), allotted)
     wrong_ahead = bool(ahead) and (program not in _NEED_LOOKAHEAD or not ahead.isdigit())
     said = f"{program}{'@' * bool(ahead)}{ahead}:{kept}" + "+correct" * corrected
-    said += f"+heads={heads[0]}" * (len(words) > corrected)
+    said += f"+heads={heads[0]}" * (len(words) > corrected) + f"+{_ALLOTTED}" * allotted
     if program not in PROGRAMS or wrong_ahead or 0 in (asked.kept, asked.heads) or said != text:
         raise ValueError(
-            f"{text!r} is no setting. Write PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE], "
-            f"PROGRAM one of {', '.join(PROGRAMS)}, like rollout@1:0.33+correct"
+            f"{text!r} is no setting. Write PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE]"
+            f"[+allotted], PROGRAM one of {', '.join(PROGRAMS)}, like rollout@1:0.33+correct"
         )
     if asked.heads < 1 and (program not in _SCORE_HEADS or lookahead == 0):
         raise ValueError(
@@ -124,7 +132,8 @@ def prepare(
         counts.append(torch.from_numpy(found.counts.astype("float32")))
         norms.append(found.head_norms.mean((0, 1)))
     shares = torch.stack(counts) / windows.numel()
-    return Prepared(model, views, shares, torch.stack(norms), hottest(shares, resident_share))
+    resident = hottest(shares, resident_share)
+    return Prepared(model, views, shares, torch.stack(norms), resident, windows)
 
 
 def hottest(shares: torch.Tensor, share: float) -> torch.Tensor:
@@ -135,9 +144,15 @@ def hottest(shares: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def setting_of(
-    asked: Asked, prepared: Prepared, dense_layers: int = DENSE_LAYERS_DEFAULT
+    asked: Asked,
+    prepared: Prepared,
+    dense_layers: int = DENSE_LAYERS_DEFAULT,
+    calibration: Calibration | None = None,
 ) -> Setting:
-    """`dense_layers`: how many first layers keep all KV groups where others leave some out."""
+    """`dense_layers`: how many first layers keep all KV groups where others leave some out.
+
+    `calibration`: where units are allotted.
+    """
     shape = prepared.model.shape
     units, layers, heads = shape.ffn, shape.layers, None
     if asked.heads < 1:
@@ -145,14 +160,22 @@ def setting_of(
     ahead = "" if asked.lookahead == AT_FFN else f", {asked.lookahead} ahead"
     corrected = ", corrected" if asked.corrected else ""
     return Setting(
-        program=f"{asked.program}{ahead}{corrected}{', fewer heads' if heads else ''}",
+        program=f"{asked.program}{ahead}{corrected}{', fewer heads' if heads else ''}"
+        + f", {_ALLOTTED}" * asked.allotted,
         chooser=_maker(asked, prepared),
-        kept=[math.ceil(asked.kept * units)] * layers,
+        kept=_kept(asked, calibration, units, layers),
         correction="low" if asked.corrected else None,
         resident=prepared.resident,
         heads=heads,
         name=asked.name,
     )
+
+
+def _kept(asked: Asked, calibration: Calibration | None, units: int, layers: int) -> list[int]:
+    if not asked.allotted:
+        return [math.ceil(asked.kept * units)] * layers
+    assert calibration is not None
+    return allotted(calibration, asked.kept)
 
 
 def _maker(asked: Asked, prepared: Prepared) -> Callable[[], Chooser]:
@@ -176,5 +199,10 @@ def sweep(
     dense_layers: int = DENSE_LAYERS_DEFAULT,
 ) -> LabReport:
     """Every setting over the held-out windows, int64 [windows, tokens]."""
+    calibration = None
+    if any(asked.allotted for asked in settings):
+        calibration = measure(prepared.model, prepared.seen, progress).calibration
     lab = Lab(prepared.model, lambda number: prepared.views[number], windows, progress)
-    return lab.measure([setting_of(asked, prepared, dense_layers) for asked in settings])
+    return lab.measure(
+        [setting_of(asked, prepared, dense_layers, calibration) for asked in settings]
+    )

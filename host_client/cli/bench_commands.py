@@ -95,7 +95,7 @@ def predictors(
         list[str] | None,
         typer.Option(
             "--setting",
-            help="PROGRAM[@LOOKAHEAD]:KEPT[+correct], like rollout@1:0.33+correct; repeatable.",
+            help="PROGRAM[@LOOKAHEAD]:KEPT[+correct][+allotted], like rollout@1:0.33; repeatable.",
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of held-out text.", min=2)] = 8192,

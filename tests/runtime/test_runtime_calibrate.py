@@ -298,9 +298,10 @@ def test_sensitivity_is_what_masking_one_layer_costs(calibrated) -> None:
 def test_a_walk_that_was_broken_off_goes_on(make_lab, tmp_path) -> None:
     lab = make_lab()
     _, packed = lab.packed(NAME)
+    folder = tmp_path / "kept"
 
     def measured(told: Any, windows: torch.Tensor = TEXT) -> tuple[bytes, bytes]:
-        stored = recalibrate(lab.drive, packed, windows, told, tmp_path)
+        stored = recalibrate(lab.drive, packed, windows, told, folder)
         counts, found = read_frequencies(lab.drive, stored), read_calibration(lab.drive, stored)
         return counts.tobytes(), found.encode()
 
@@ -314,11 +315,11 @@ def test_a_walk_that_was_broken_off_goes_on(make_lab, tmp_path) -> None:
     steps: list[tuple[int, int]] = []
     whole = measured(lambda *step: steps.append(step))
     assert steps == [(done, LAYERS) for done in range(LAYERS + 1)]
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
     for layers in range(1, LAYERS + 1):
         with pytest.raises(KeyboardInterrupt):
             measured(break_off_after(layers))
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(list(folder.iterdir())) == 1
         steps.clear()
         assert measured(lambda *step: steps.append(step)) == whole
         assert steps[0] == (layers, LAYERS)
@@ -328,10 +329,9 @@ def test_a_walk_that_was_broken_off_goes_on(make_lab, tmp_path) -> None:
     other = measured(lambda *step: steps.append(step), TEXT.flip(0))
     assert steps[0] == (0, LAYERS)  # of other text nothing is taken over
     assert other != whole
-    (tmp_path / "torn").write_bytes(b"")
     with pytest.raises(KeyboardInterrupt):
         measured(break_off_after(2))
-    (kept,) = tmp_path.glob("*.safetensors")
+    (kept,) = folder.glob("*.safetensors")
     kept.write_bytes(kept.read_bytes()[:100])
     assert measured(silent) == whole
 

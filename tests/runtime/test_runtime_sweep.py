@@ -25,6 +25,10 @@ def test_settings_read_as_they_are_written() -> None:
     assert fewer == Asked("rollout", 2, 0.5, corrected=True, heads=0.67)
     assert fewer.name == "rollout@2 0.5+correct+heads=0.67"
     assert parse("oracle:1+heads=0.67").heads == 0.67
+    dealt = parse("rollout@2:0.5+correct+heads=0.67+allotted")
+    assert dealt == Asked("rollout", 2, 0.5, corrected=True, heads=0.67, allotted=True)
+    assert dealt.name == "rollout@2 0.5+correct+heads=0.67+allotted"
+    assert parse("oracle:0.5+allotted") == Asked("oracle", AT_FFN, 0.5, False, allotted=True)
     assert len({parse(text) for text in DEFAULT_SETTINGS}) == len(DEFAULT_SETTINGS)
 
 
@@ -32,7 +36,13 @@ def test_settings_read_as_they_are_written() -> None:
     "text",
     [
         *("", "oracle", "oracle@1:0.5", "psychic:0.5", "shadow:0", "shadow:1.1", "shadow@x:0.5"),
-        *("shadow:0.5+", "shadow:0.5+corrects", "rollout@1:nan", "frequency@2:0.5"),
+        *(
+            "shadow:0.5+",
+            "shadow:0.5+corrects",
+            "oracle:0.5+allotted+correct",
+            "rollout@1:nan",
+            "frequency@2:0.5",
+        ),
     ],
 )
 def test_what_is_no_setting_is_refused_with_an_example(text: str) -> None:
@@ -59,6 +69,17 @@ def test_the_hottest_units_are_counted_over_all_layers() -> None:
     shares = torch.tensor([[0.9, 0.1, 0.8], [0.2, 0.7, 0.3]])
     assert hottest(shares, 0.5).tolist() == [[True, False, True], [False, True, False]]
     assert not hottest(shares, 0.0).any()
+
+
+def test_allotted_units_are_as_many_in_all(lab, tokens_of) -> None:
+    model = DenseModel(SafetensorsFolder(lab.zoo.folder(NAME)))
+    seen = torch.cat([tokens_of(lab, NAME, 16, seed=seed) for seed in range(4)])
+    prepared = prepare(model, seen, 3, False, 0.0, lambda done, total: None)
+    asked = [parse(text) for text in ("oracle:0.4", "oracle:0.4+allotted")]
+    even, dealt = sweep(prepared, seen[:2], asked, lambda done, total: None).outcomes
+    assert dealt.computed_share == even.computed_share
+    assert len({row.kept for row in even.layers}) == 1 < len({row.kept for row in dealt.layers})
+    assert dealt.kl_nats < even.kl_nats  # on the text that it was measured on
 
 
 def test_a_sweep_gives_a_row_a_setting_and_a_plot(

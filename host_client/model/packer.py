@@ -48,6 +48,7 @@ from host_client.model.catalog import (
     open_model,
     pad,
     read_directory,
+    read_manifest,
     remove_model,
     store_manifest,
     write_record,
@@ -184,7 +185,8 @@ def open_job(
     """Begins to pack, or goes on with what the entry of an interrupted pack stands for."""
     if entry is not None:
         layout = place(draft, shapes, entry.extent.offset_bytes)
-        if layout.extent == entry.extent:
+        begun = read_manifest(storage, entry)
+        if (layout.extent, layout.model.sites) == (entry.extent, begun.sites):
             return _resume(storage, layout, shapes, order or {})
         remove_model(storage, entry.name)  # begun by a version that laid models out otherwise
     return _begin(storage, draft, shapes, order or {})

@@ -239,3 +239,24 @@ def test_a_model_packed_before_has_no_room_but_its_frequencies(pack_tiny, monkey
     stored = store_frequencies(drive, "tiny", COUNTS, 7)
     assert np.array_equal(read_frequencies(drive, stored), COUNTS)
     assert stored.format_version == 1
+
+
+def test_a_pack_begun_by_an_earlier_version_begins_anew(
+    tiny_folder: Path, make_drive: Any, monkeypatch
+) -> None:
+    """Its sites lie elsewhere in an extent that may be as long."""
+    measured = layout._measured_bytes
+    drive = make_drive(DRIVE_BYTES)
+    with SafetensorsFolder(tiny_folder) as checkpoint:
+        monkeypatch.setattr(layout, "_measured_bytes", lambda sites: (measured(sites)[0], 0))
+        drive.writes_left = 20
+        with pytest.raises(ConnectionError):
+            pack(checkpoint, drive, "tiny", save_every_bytes=1)
+        monkeypatch.undo()
+        drive.forget()
+        model = pack(checkpoint, drive, "tiny", save_every_bytes=1)
+        whole = make_drive(DRIVE_BYTES)
+        pack(checkpoint, whole, "tiny")
+    assert model.sites == open_model(whole, "tiny")[1].sites
+    for site in model.sites:
+        assert np.array_equal(units_of(drive, model, site), units_of(whole, model, site))

@@ -54,8 +54,8 @@ class Quality:
             return "exact"
         words = [f"{self.kept:g}"]
         words += [_CORRECT] if self.corrected else []
-        words += [f"{_HEADS}{self.heads:g}"] if self.heads < 1.0 else []
         words += [_UNIFORM] if self.uniform else []
+        words += [f"{_HEADS}{self.heads:g}"] if self.heads < 1.0 else []
         return "+".join(words)
 
 

@@ -277,7 +277,7 @@ def test_a_shadow_goes_before_a_frequency(lab) -> None:
         ("1+heads=0.5", 1.0, "1+heads=0.5"),
         ("1+heads=1.0", 1.0, "exact"),
         (Quality(0.5, corrected=True), 0.5, "0.5+correct"),
-        ("0.5+uniform+heads=0.5", 0.5, "0.5+heads=0.5+uniform"),
+        ("0.5+heads=0.5+uniform", 0.5, "0.5+uniform+heads=0.5"),
     ],
 )
 def test_qualities(given: Any, kept: float, shown: str) -> None:

@@ -72,7 +72,12 @@ class Commands(OnDemandGroup):
         "calibrate": Entry(
             f"{_CLI}.calibrate_commands",
             "calibrate",
-            "Count how often each neuron is wanted on this text, and keep the counts on the drive.",
+            "Measure on this text what each neuron and layer is worth, and keep it on the drive.",
+        ),
+        "place": Entry(
+            f"{_CLI}.calibrate_commands",
+            "place",
+            "Lay neurons that are wanted together side by side on the drive.",
         ),
         "predictor": Entry(
             f"{_CLI}.predictor_commands",

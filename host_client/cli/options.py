@@ -44,7 +44,7 @@ QualityText = Annotated[
     typer.Option(
         "--quality",
         help="exact, or the fraction of FFN neurons that is kept: 0.5, or 0.1+correct with the "
-        "drive's low-bit contribution for the others.",
+        "drive's low-bit contribution for the others; +uniform: the same share in each layer.",
     ),
 ]
 PredictorKind = Annotated[

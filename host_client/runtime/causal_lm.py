@@ -18,12 +18,12 @@ from csd_protocol.packed import PackedModel
 from host_client.driver import Drive
 from host_client.io import Buffer, WindowReader, open_reader
 from host_client.io.opening import Kind as ReaderKind
-from host_client.model.catalog import open_model, read_frequencies
+from host_client.model.catalog import open_model, read_calibration, read_frequencies
 from host_client.model.source import name_on_drive
 from host_client.runtime.attach import attach, skeleton
 from host_client.runtime.audit import Audited, Auditor
 from host_client.runtime.checksums import Checksums
-from host_client.runtime.copies import Copies, read_checksums
+from host_client.runtime.copies import Copies, read_any_unit_table
 from host_client.runtime.engine import Engine, steps_room_bytes
 from host_client.runtime.experts import Experts
 from host_client.runtime.fetch import Fetcher
@@ -218,7 +218,7 @@ def _start(
         undo.enter_context(WindowReader(lambda: open_reader(drive.window_path, settings.reader)))
         for _ in range(3 if packed.experts else 2)
     ]
-    checksums = Checksums(packed, read_checksums(drive, packed))
+    checksums = Checksums(packed, read_any_unit_table(drive, packed).crcs)
     copies = Copies(drive, model_id, packed)
     fetcher = Fetcher(drive, copies, readers[0], checksums, tally)
     resident = load_resident(packed, plan, fetcher, frequencies, progress)
@@ -248,6 +248,7 @@ def _start(
         experts,
         tally,
         time.perf_counter_ns,
+        read_calibration(drive, packed),
     )
     undo.callback(engine.abandon)
     weights = _allocated(resident, buffers) + plan.fetch_buffer_bytes

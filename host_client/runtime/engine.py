@@ -22,6 +22,8 @@ from csd_protocol.units import format_size
 from host_client.driver import Drive, PendingCommand, Staged
 from host_client.driver.commands import Origin
 from host_client.io import Buffer
+from host_client.model.calibration_record import Calibration
+from host_client.runtime.allotment import kept_shares
 from host_client.runtime.copies import Copies
 from host_client.runtime.experts import Experts
 from host_client.runtime.far_level import FarLevel
@@ -87,11 +89,13 @@ class Engine:
         experts: Experts | None,
         tally: Tally,
         now_ns: Callable[[], int],
+        calibration: Calibration | None = None,
     ) -> None:
         self.drive, self.model_id, self.model, self.plan = drive, model_id, model, plan
         self.resident, self.quality, self.tally = resident, quality, tally
         self.bf16 = model.dtype == "bfloat16"
         self.head = head_site(model)
+        self._kept = kept_shares(quality, calibration, model.layer_count)
         self._fetcher, self._prefetcher = fetcher, prefetcher
         self._guidance = guidance
         self.experts = experts  # of a mixture
@@ -324,7 +328,7 @@ class Engine:
     def kept_of(self, site: Site) -> float:
         """The fraction of a site's units that a guided pass needs; 1: all of them."""
         if site.role is Role.FFN:
-            return self.quality.kept
+            return self._kept[site.layer]
         if site.role is Role.HEADS:
             return kept_fraction(self._kept_groups[site.layer], site.count)
         return 1.0

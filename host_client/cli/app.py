@@ -72,12 +72,12 @@ class Commands(OnDemandGroup):
         "calibrate": Entry(
             f"{_CLI}.calibrate_commands",
             "calibrate",
-            "Measure on this text what each neuron and layer is worth, and keep it on the drive.",
+            "Measure on text how often each neuron is wanted and what leaving some out costs.",
         ),
         "place": Entry(
             f"{_CLI}.calibrate_commands",
             "place",
-            "Lay neurons that are wanted together side by side on the drive.",
+            "Lay neurons that are wanted together side by side; needs `csd calibrate`.",
         ),
         "predictor": Entry(
             f"{_CLI}.predictor_commands",

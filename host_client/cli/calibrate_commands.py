@@ -26,7 +26,7 @@ def calibrate(
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
 ) -> None:
-    """Measure on this text how often each neuron is wanted and what leaving some out costs.
+    """Measure on text how often each neuron is wanted and what leaving some out costs.
 
     Goes on where it was broken off.
     """
@@ -46,7 +46,7 @@ def calibrate(
 
 
 def place(model: Model, drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> None:
-    """Lay neurons that are wanted together side by side on the drive; needs `csd calibrate`.
+    """Lay neurons that are wanted together side by side; needs `csd calibrate`.
 
     The output stays what it is, and reads touch fewer flash pages. Takes free space as large as the
     model; goes on where it was broken off.

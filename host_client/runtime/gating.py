@@ -47,13 +47,12 @@ def choose_gating(
     Raises NoPredictor for a kept fraction without any, RequestRefused for a quality that mixtures
     do not have, or a `predictor` or a `far` level by name.
     """
-    named = [f"predictor {predictor}"] if predictor is not None else []
-    named += [f"far {far}"] if far not in UNNAMED else []
-    if named:
-        raise RequestRefused(
-            f"{named[0]}: {packed.name} is a mixture of experts, which takes a gate and a program "
-            f"within its experts as they are loaded. Leave it out"
-        )
+    for level, kind in (("predictor", predictor), ("far", None if far in UNNAMED else far)):
+        if kind is not None:
+            raise RequestRefused(
+                f"{level} {kind}: {packed.name} is a mixture of experts, which takes a gate and a "
+                f"program within its experts as they are loaded. Leave the {level} out"
+            )
     if quality.corrected or quality.heads < 1.0:
         raise RequestRefused(
             f"quality {quality}: {packed.name} is a mixture of experts, and neither corrections "

@@ -202,7 +202,7 @@ class PatternTable:
 
     def _read(self) -> None:
         self.count = min(os.fstat(self._file).st_size // SECTOR_BYTES, PATTERNS_MAX)
-        whole = memoryview(self._cells[: self.count * SECTOR_BYTES])
+        whole = self._cells[: self.count * SECTOR_BYTES].data
         done = 0
         while done < whole.nbytes:
             done += os.preadv(self._file, [whole[done:]], done)
@@ -250,7 +250,7 @@ class _SectorNumbers:
 
     def _read(self) -> None:
         """The parts of the sparse file that were ever written."""
-        view = memoryview(self.entries).cast("B")
+        view = self.entries.view(np.uint8).data
         at = 0
         while at < view.nbytes:
             try:
@@ -370,7 +370,7 @@ def _columns(pieces: I64) -> tuple[I64, I64, I64]:
 
 def _write_all(file: int, data: npt.NDArray[Any], offset: int) -> None:
     """pwrite(2) until all is written."""
-    rest = memoryview(np.ascontiguousarray(data)).cast("B")
+    rest = np.ascontiguousarray(data).data.cast("B")
     while rest:
         written = os.pwrite(file, rest, offset)
         offset, rest = offset + written, rest[written:]

@@ -6,13 +6,11 @@ import typer
 
 from host_client.cli.console import TimeMode
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A Hugging Face folder (safetensors), a .gguf file, or smollm2-135m.",
-    ),
-]
+_MODEL = typer.Argument(
+    metavar="MODEL", help="A Hugging Face folder (safetensors), a .gguf file, or smollm2-135m."
+)
+Model = Annotated[str, _MODEL]
+OptionalModel = Annotated[str | None, _MODEL]
 DriveAddress = Annotated[
     str | None,
     typer.Option(

@@ -20,7 +20,12 @@ from host_client.runtime.refusals import NoPredictor, RequestRefused
 
 F32 = npt.NDArray[np.float32]
 
-PREFERRED = ("rollout", "shadow", "frequency")  # which kind of program guides unless one is named
+PREFERRED = (
+    "rollout",
+    "shadow",
+    "frequency",
+    "planted",
+)  # which kind of program guides unless one is named
 REMEMBERING = ("rollout",)  # kinds that score by earlier tokens of the text as well
 
 

@@ -219,7 +219,7 @@ def generate(
                 lookahead=lookahead,
                 predictor=predictor,
                 reader=reader,
-                audit=True,
+                audit=tokenizer is not None,
                 progress=update,
             )
         timeline = HostTimeline(host_time.perf_counter_ns) if trace else None

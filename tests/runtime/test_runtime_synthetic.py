@@ -129,7 +129,7 @@ def test_a_mixture_is_routed_by_its_own_router(make_lab: Any) -> None:
     lab = make_lab(window_bytes=16 * MIB)
     _, packed = _pack(lab, MIXTURE)
     load_router(lab.drive, packed)
-    made = lab.open("s", quality=f"{ACTIVE}")
+    made = lab.open("s", lab.budget("s", 0.1), f"{ACTIVE}")
     ids = random_ids(MIXTURE["vocab_size"], 4)
     report = generate(made, None, ids, 5, iter(range(0, 10**9, 10**6)).__next__)
     assert report.predictor == "gate+planted"

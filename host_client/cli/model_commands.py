@@ -12,7 +12,6 @@ from transformers.utils import logging as transformers_logging
 
 from csd_protocol.opcodes import LogPage
 from csd_protocol.packed import COPIES_MAX, PackedModel
-from csd_protocol.program_file import SEED_MAX
 from csd_protocol.units import format_size
 from host_client.calibrate.planting import load_router, plant
 from host_client.calibrate.preparation import CALIBRATION_TOKENS, calibrate, load_predictors
@@ -20,6 +19,7 @@ from host_client.cli import reports
 from host_client.cli.console import TimeMode, err, open_drive, out, progress_bytes, progress_count
 from host_client.cli.log_commands import write_trace
 from host_client.cli.options import (
+    Active,
     Dram,
     DriveAddress,
     Json,
@@ -27,6 +27,8 @@ from host_client.cli.options import (
     OptionalModel,
     PredictorKind,
     QualityText,
+    Seed,
+    Synthetic,
     Time,
 )
 from host_client.driver import Drive
@@ -61,22 +63,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 def pack(
     model: OptionalModel = None,
-    synthetic: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHAPE",
-            help="In place of MODEL, one of this shape whose weights the drive makes of a seed: "
-            "llama3-8b, chatglm3-6b, qwen-7b, qwen2-7b, mixtral-8x7b, or a config.json.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of a synthetic model.", min=0, max=SEED_MAX)] = 0,
-    active: Annotated[
-        float | None,
-        typer.Option(
-            help="Of a synthetic model, the share of FFN neurons that are active at a token: "
-            "plants frequencies and a predictor that draws them, for --quality 0.1 and the like.",
-        ),
-    ] = None,
+    synthetic: Synthetic = None,
+    seed: Seed = 0,
+    active: Active = None,
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
     dtype: Annotated[

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from csd_protocol.program_file import SEED_MAX
 from host_client.cli.console import TimeMode
 
 _MODEL = typer.Argument(
@@ -11,6 +12,24 @@ _MODEL = typer.Argument(
 )
 Model = Annotated[str, _MODEL]
 OptionalModel = Annotated[str | None, _MODEL]
+Synthetic = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHAPE",
+        help="In place of MODEL, one of this shape whose weights the drive makes of a seed: "
+        "llama3-8b, chatglm3-6b, qwen-7b, qwen2-7b, mixtral-8x7b, or a config.json.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of a synthetic model.", min=0, max=SEED_MAX)]
+Active = Annotated[
+    float | None,
+    typer.Option(
+        help="Of a synthetic model, the share of FFN neurons that are active at a token: plants "
+        "frequencies and a predictor that draws them, for --quality 0.1 and the like.",
+        min=1e-6,
+        max=1.0,
+    ),
+]
 DriveAddress = Annotated[
     str | None,
     typer.Option(

@@ -26,6 +26,7 @@ from host_client.cli.options import (
     Model,
     OptionalModel,
     PredictorKind,
+    PromptTokens,
     QualityText,
     Seed,
     Synthetic,
@@ -160,14 +161,7 @@ def _prepare(drive: Drive, packed: PackedModel, source: Source, dram: str, token
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="What to say to the model.")] = None,
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="In place of a prompt, so many random tokens: for a synthetic model, which has "
-            "no tokenizer. MODEL is its name on the drive.",
-            min=1,
-        ),
-    ] = None,
+    prompt_tokens: PromptTokens = None,
     dram: Dram = "45%",
     quality: QualityText = "exact",
     predictor: PredictorKind = None,

@@ -30,6 +30,14 @@ Active = Annotated[
         max=1.0,
     ),
 ]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="In place of a prompt, so many random tokens: for a synthetic model, which has no "
+        "tokenizer. MODEL is its name on the drive.",
+        min=1,
+    ),
+]
 DriveAddress = Annotated[
     str | None,
     typer.Option(

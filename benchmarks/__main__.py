@@ -19,6 +19,7 @@ BENCHMARKS = (
     "timeline",
     "random_reads",
     "stage_rate",
+    "made_reads",
     "recovery",
     "program_rows",
     "stage_latency",

@@ -41,6 +41,7 @@ from csd_device.ftl.recovery import Recovered, checkpoint_arrays, recover
 from csd_device.ftl.two_way_map import TwoWayMap
 from csd_device.gather import gather
 from csd_device.nand.media import FileMedia, Media, Pieces, Retries, direct_copy
+from csd_device.nand.patterns import PatternMedia, PatternTable
 from csd_device.nand.superblocks import Superblocks, SuperblockState
 from csd_protocol.crc32c import crc32c_units
 
@@ -101,14 +102,17 @@ class Ftl:
         config: DriveConfig,
         folder: MediaFolder,
         superblocks: Superblocks | None = None,
+        patterns: PatternTable | None = None,
     ) -> None:
         """Recovers the mapping from the folder. Takes over media and folder.
 
-        `superblocks`: those that the media were wrapped with, if any.
+        `superblocks`: those that the media were wrapped with, if any; `patterns`: what the media
+        need not store.
         """
         geometry = config.geometry
         assert media.size_bytes == geometry.raw_bytes
         self._media = media
+        self.patterns = patterns or PatternTable()
         self._geometry = geometry
         self._folder = folder
         self.capacity_sectors = config.capacity_sectors
@@ -144,13 +148,15 @@ class Ftl:
         with ExitStack() as undo:
             folder = MediaFolder.open(directory, config)
             undo.callback(folder.close)
-            media: Media = FileMedia(folder.nand_path, config.geometry.raw_bytes)
-            undo.callback(media.close)
+            stored = FileMedia(folder.nand_path, config.geometry.raw_bytes)
+            undo.callback(stored.close)
+            cells = PatternMedia(stored, folder.path)
+            media: Media = cells
             superblocks = Superblocks(config.geometry.blocks_per_plane)
             if wrap:
                 media = wrap(media, superblocks)
             try:
-                ftl = cls(media, config, folder, superblocks=superblocks)
+                ftl = cls(media, config, folder, superblocks, cells.table)
             except OSError as error:
                 raise DriveRefused(f"media folder {directory}: {error}") from error
             undo.pop_all()

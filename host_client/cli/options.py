@@ -4,13 +4,38 @@ from typing import Annotated
 
 import typer
 
+from csd_protocol.program_file import SEED_MAX
 from host_client.cli.console import TimeMode
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A Hugging Face folder (safetensors), a .gguf file, or smollm2-135m.",
+_MODEL = typer.Argument(
+    metavar="MODEL", help="A Hugging Face folder (safetensors), a .gguf file, or smollm2-135m."
+)
+Model = Annotated[str, _MODEL]
+OptionalModel = Annotated[str | None, _MODEL]
+Synthetic = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHAPE",
+        help="In place of MODEL, one of this shape whose weights the drive makes of a seed: "
+        "llama3-8b, chatglm3-6b, qwen-7b, qwen2-7b, mixtral-8x7b, or a config.json.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of a synthetic model.", min=0, max=SEED_MAX)]
+Active = Annotated[
+    float | None,
+    typer.Option(
+        help="Of a synthetic model, the share of FFN neurons that are active at a token: plants "
+        "frequencies and a predictor that draws them, for --quality 0.1 and the like.",
+        min=1e-6,
+        max=1.0,
+    ),
+]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="In place of a prompt, so many random tokens: for a synthetic model, which has no "
+        "tokenizer. MODEL is its name on the drive.",
+        min=1,
     ),
 ]
 DriveAddress = Annotated[

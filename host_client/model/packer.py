@@ -58,6 +58,7 @@ from host_client.model.errors import DifferentModel, UnsupportedModel, ValueOver
 from host_client.model.families import Piece, SiteShape, family_sites
 from host_client.model.layout import Layout, extent_bytes, place
 from host_client.model.storage import BlockStorage
+from host_client.model.synthetic import SyntheticCheckpoint, is_drawn
 
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
@@ -68,6 +69,7 @@ Units = Callable[[Site], Iterator[U16]]  # a site's units as they are to lie, [n
 
 CHUNK_BYTES = 4 << 20
 SAVE_EVERY_BYTES = 256 << 20  # what an interruption may cost
+DRAWN_SAVE_EVERY_BYTES = 8 << 30  # the same, of what is drawn and not copied
 _TILE = 512  # rows of a tensor laid down at once, so that they stay in the processor's cache
 _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -109,7 +111,8 @@ def pack(
         return _chunks(checkpoint, shapes[site.site], _TORCH_DTYPES[draft.dtype])
 
     with _one_torch_thread():
-        write_sites(job, units, progress or _ignore, save_every_bytes)
+        synthetic = checkpoint if isinstance(checkpoint, SyntheticCheckpoint) else None
+        write_sites(job, units, progress or _ignore, save_every_bytes, synthetic)
     return _finish(job)
 
 
@@ -306,6 +309,11 @@ class _WriteBehind:
         self.drain()
         self._pending = self._executor.submit(self._storage.write, offset_bytes, data)
 
+    def write_patterns(self, offset_bytes: int, numbers: U16) -> None:
+        self.drain()
+        write = self._storage.write_patterns
+        self._pending = self._executor.submit(write, offset_bytes, numbers)
+
     def drain(self) -> None:
         """Waits until everything is written."""
         pending, self._pending = self._pending, None
@@ -325,20 +333,27 @@ class _WriteBehind:
 
 
 def write_sites(
-    job: Job, units: Units, progress: Progress, save_every_bytes: int = SAVE_EVERY_BYTES
+    job: Job,
+    units: Units,
+    progress: Progress,
+    save_every_bytes: int = SAVE_EVERY_BYTES,
+    synthetic: SyntheticCheckpoint | None = None,
 ) -> None:
-    """Writes what is left of all copies."""
+    """Writes what is left of all copies. synthetic: whose sites the drive makes, where it can."""
     steps = job.model.sites * job.model.copies
     total = job.model.weights_bytes * job.model.copies
     done = saved = sum(site.length_bytes for site in steps[: job.first_step])
     progress(done, total, job.model.name)
+    drawn = _Drawn(job, synthetic) if synthetic is not None else None
     with _WriteBehind(job.storage) as writer:
         for step in range(job.first_step, len(steps)):
             site, copy = steps[step], step // len(job.model.sites)
-            if copy == 0:
-                parts = _write_site(job, units, site, writer)
-            else:
+            if copy:
                 parts = _copy_site(job, site, copy)
+            elif drawn and is_drawn(job.shapes[site.site]):
+                parts = _draw_site(job, drawn, site, writer)
+            else:
+                parts = _write_site(job, units, site, writer)
             for written in parts:
                 done += written
                 progress(done, total, site.name)
@@ -359,6 +374,30 @@ def _write_site(job: Job, units: Units, site: Site, writer: _WriteBehind) -> Ite
         writer.write(offset, _whole_blocks(rows))
         offset += rows.size
         yield rows.size
+
+
+class _Drawn:
+    """A synthetic model's patterns, and what the drive calls them."""
+
+    def __init__(self, job: Job, checkpoint: SyntheticCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.numbers = job.storage.define_patterns(checkpoint.patterns.tobytes())
+
+
+def _draw_site(job: Job, drawn: _Drawn, site: Site, writer: _WriteBehind) -> Iterator[int]:
+    """Has the drive make a site's blocks, and notes its units' CRCs; yields the bytes of each."""
+    blocks = drawn.checkpoint.draw(site)
+    writer.write_patterns(site.offset_bytes, drawn.numbers[blocks])
+    step = units_per_chunk(site.unit_bytes)
+    for start in range(0, site.count, step):
+        count = min(step, site.count - start)
+        size = count * site.unit_bytes
+        first = start * site.unit_bytes // BLOCK_BYTES
+        chunk = drawn.checkpoint.patterns[blocks[first : first + -(-size // BLOCK_BYTES)]]
+        rows = chunk.reshape(-1)[:size].reshape(count, -1)
+        first_crc = site.first_crc + start
+        job.checksums[first_crc : first_crc + count] = crc32c_units(rows)
+        yield size
 
 
 def _copy_site(job: Job, site: Site, copy: int) -> Iterator[int]:

@@ -18,7 +18,7 @@ from host_client.runtime.refusals import NoPredictor, RequestRefused
 
 # In the order in which they are preferred.
 GATES = ("gate", "frequency")
-WITHIN = ("shadow", "frequency")
+WITHIN = ("shadow", "frequency", "planted")
 
 
 @dataclass(frozen=True, slots=True)

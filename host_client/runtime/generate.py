@@ -111,9 +111,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> to
     return ids
 
 
+def random_ids(vocabulary: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """A prompt for models without a tokenizer: int64 [1, tokens], the same for the same seed."""
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (1, tokens), generator=dice)
+
+
 def generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     ids: torch.Tensor,
     max_new_tokens: int,
     now_ns: Callable[[], int],
@@ -122,7 +128,8 @@ def generate(
 ) -> GenerationReport:
     """Generate greedily from `ids` int64 [1, tokens] and say what it took.
 
-    `timeline` is given the host's waits, reads, commands and tokens.
+    Without a tokenizer there is no text, and no token ends it early. `timeline` is given the
+    host's waits, reads, commands and tokens.
     """
     runtime = runtime_of(model)
     before, used_before = runtime.tally.snapshot(), runtime.brought_units_used()
@@ -137,7 +144,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=clock,
-            pad_token_id=tokenizer.eos_token_id,
+            **_ending(tokenizer, max_new_tokens),
         )
     if timeline is not None:
         _note_tokens(timeline, started_ns, clock.times_ns)
@@ -155,7 +162,7 @@ def generate(
         kept_heads=runtime.engine.quality.heads,
         heads_predictor=runtime.heads_predictor,
         corrections=whole.corrections,
-        text=str(tokenizer.decode(new_ids, skip_special_tokens=True)),
+        text=str(tokenizer.decode(new_ids, skip_special_tokens=True)) if tokenizer else "",
         token_ids=new_ids,
         prompt_tokens=ids.shape[1],
         tokens_per_s=decoded / decode_s if decode_s else 0.0,
@@ -183,6 +190,13 @@ def generate(
         reader=runtime.reader.name,
         drive=_drive_report(whole),
     )
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase | None, max_new_tokens: int) -> dict[str, Any]:
+    """What transformers' `generate` is told of the end of a text."""
+    if tokenizer is None:
+        return {"min_new_tokens": max_new_tokens, "pad_token_id": 0}
+    return {"pad_token_id": tokenizer.eos_token_id}
 
 
 def _note_tokens(timeline: HostTimeline, started_ns: int, times_ns: list[int]) -> None:

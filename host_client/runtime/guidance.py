@@ -33,7 +33,7 @@ U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
 
 # Which kind of program is asked unless one is named; any other kind guides by name only.
-NEAR_KINDS = ("rollout", "shadow", "farsight", "svd", "mlp", "lowrank", "frequency", "window")
+NEAR_KINDS = tuple("rollout shadow farsight svd mlp lowrank planted frequency window".split())
 FAR_KINDS = ("farsight", "rollout", "window", "frequency", "shadow", "svd", "mlp", "lowrank")
 HEADS_KINDS = ("rollout", "lowrank", "mlp", "frequency")
 HEADS_KINDS_BESIDE = HEADS_KINDS[1:]  # beside a near program: those that need not hear the text

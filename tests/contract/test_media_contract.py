@@ -16,6 +16,7 @@ from csd_device.nand.faults import NO_SECTORS, FaultCounters, Surroundings, faul
 from csd_device.nand.faults.power_loss import PowerLoss, PowerSupply
 from csd_device.nand.media import U8
 from csd_device.nand.passing import PassingMedia
+from csd_device.nand.patterns import PatternMedia
 from csd_device.nand.superblocks import Superblocks
 
 SIZE = 1 << 20
@@ -33,9 +34,22 @@ def behind(faults: dict[str, Any]) -> Callable[[Path], Media]:
     return make
 
 
+def with_patterns(folder: Path) -> Media:
+    """Media that know some of what the tests write: zeroes, sevens, counting."""
+    media = PatternMedia(FileMedia(folder / "nand.img", SIZE), folder)
+    counting = np.arange(4096, dtype=np.uint32).astype(np.uint8)
+    media.table.define(np.stack([counting, np.zeros_like(counting), np.full_like(counting, 7)]))
+    return media
+
+
 MAKERS: dict[str, Callable[[Path], Media]] = {
     "ram": lambda folder: RamMedia(SIZE),
     "file": lambda folder: FileMedia(folder / "nand.img", SIZE),
+    "patterns": with_patterns,
+    "no patterns": lambda folder: PatternMedia(RamMedia(SIZE), folder),
+    "on a power supply, patterns": lambda folder: PowerLoss(
+        with_patterns(folder), PowerSupply(np.random.default_rng(0))
+    ),
     "decorated": lambda folder: PassingMedia(RamMedia(SIZE)),
     "no bit errors": behind({"bit_errors": {"rate": 0.0}}),
     "bit errors": behind({"bit_errors": {"rate": 7e-3}}),

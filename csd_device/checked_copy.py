@@ -167,9 +167,12 @@ def can_copy_checked(out: U8, keep: Keep) -> bool:
     return not any(number % LINE_BYTES for number in (out.shape[1], out.ctypes.data, kept_at))
 
 
-def copy_checked(source: U8, starts: I64, out: U8, keep: Keep) -> U32:
+def copy_checked(
+    source: U8, starts: I64, out: U8, keep: Keep, *, of_bytes: int | None = None
+) -> U32:
     """Copies the unit at `source[starts[i]]` to the row out[i]; the CRC32C of each [n].
 
+    `of_bytes`: the size of the copy that this is a part of, if it is one.
     `source` and what is kept are flat, `out` is [n, unit_bytes], all contiguous. A range outside
     of any is a bug and fails an assertion.
     """
@@ -185,7 +188,7 @@ def copy_checked(source: U8, starts: I64, out: U8, keep: Keep) -> U32:
     keeps[: keep.starts.size] = keep.memory.ctypes.data + keep.starts
     checksums = np.empty(count, np.uint32)
     sources = source.ctypes.data + starts
-    streams = out.size >= STREAM_BYTES_MIN
+    streams = (of_bytes or out.size) >= STREAM_BYTES_MIN
     _pass_all(sources, targets, keeps, unit_bytes, streams, checksums)
     return checksums
 

@@ -19,6 +19,7 @@ from host_client.cli.log_commands import write_trace
 from host_client.cli.options import (
     Dram,
     DriveAddress,
+    Enforce,
     Json,
     Model,
     PredictorKind,
@@ -27,6 +28,7 @@ from host_client.cli.options import (
 )
 from host_client.driver import Drive
 from host_client.io.opening import Kind as ReaderKind
+from host_client.model.catalog import open_model
 from host_client.model.checkpoint import Dtype
 from host_client.model.formats import open_checkpoint
 from host_client.model.packer import pack as pack_checkpoint
@@ -38,6 +40,8 @@ from host_client.runtime.causal_lm import (
 )
 from host_client.runtime.generate import generate as run_generation
 from host_client.runtime.generate import prompt_ids
+from host_client.runtime.memory_limit import MemoryLimit
+from host_client.runtime.plan import parse_budget
 from host_client.runtime.quality import Quality
 from host_client.runtime.timeline import HostTimeline
 
@@ -145,12 +149,14 @@ def generate(
         Path | None,
         typer.Option(help="Write a timeline of host and drive here, for ui.perfetto.dev."),
     ] = None,
+    enforce: Enforce = False,
     as_json: Json = False,
 ) -> None:
     """Generate text, the weights staged by the drive as they are needed."""
     source = resolve_source(model)
     kept = Quality.parse(quality)
     with open_drive(drive, time) as opened:
+        limit = _limit(opened, source, dram) if enforce else None
         tokenizer = load_tokenizer(source)
         ids = prompt_ids(tokenizer, prompt, raw)
         with progress_bytes("loading resident weights") as update:
@@ -180,6 +186,8 @@ def generate(
                 )
         finally:
             runtime_of(made).close()
+        if limit:
+            report.enforced = limit.report()
         if trace and timeline:
             write_trace(trace, timeline.combined(opened.log_page(LogPage.TRACE)))
         if as_json:
@@ -187,6 +195,11 @@ def generate(
             return
         err.print()
         err.print(reports.generation_table(report, runtime_of(made).plan))
+
+
+def _limit(drive: Drive, source: Source, dram: str) -> MemoryLimit:
+    _, packed = open_model(drive, source.name)
+    return MemoryLimit.begin(parse_budget(dram, packed))
 
 
 def _text_streamer(tokenizer: Any) -> TextStreamer:

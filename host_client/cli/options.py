@@ -56,4 +56,12 @@ PredictorKind = Annotated[
         "there, rollout, then shadow, then frequency.",
     ),
 ]
+Enforce = Annotated[
+    bool,
+    typer.Option(
+        "--enforce",
+        help="Have the kernel limit the process to the budget and a stated allowance for "
+        "interpreter and libraries, in a control group, and say what the kernel measured.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -49,6 +49,7 @@ def main() -> int:
         prompt=prompt_ids(PROMPT_TOKENS),
         tokens=asked.tokens,
         python=asked.python,
+        node_modules=asked.node_modules.absolute(),
     )
     report = Report(
         shape=asked.shape,
@@ -85,6 +86,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="interpreter with the peers"
     )
+    parser.add_argument("--node-modules", type=Path, default=Path(".venv-peers/node_modules"))
     parser.add_argument("--json", type=Path, default=Path("peers.json"))
     parser.add_argument("--plot", type=Path, default=Path("peers.png"))
     return parser.parse_args()

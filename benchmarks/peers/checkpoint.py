@@ -51,7 +51,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(64, 192, 2, 4, 2, 512),
+    "tiny": Shape(128, 512, 8, 4, 2, 512),
     "300m": Shape(1024, 4096, 16, 16, 8, 32_000),
     "1b": Shape(2048, 8192, 16, 32, 8, 128_256),  # LLaMA 3.2 1B, its head not tied
 }
@@ -63,8 +63,9 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         places: dict[str, str] = {}
         torch.manual_seed(0)
-        for index, tensors in enumerate(_shards(shape)):
-            name = f"model-{index:05}.safetensors"
+        count = shape.num_hidden_layers + 2
+        for number, tensors in enumerate(_shards(shape), start=1):
+            name = f"model-{number:05}-of-{count:05}.safetensors"
             save_file(tensors, folder / name, {"format": "pt"})
             places |= dict.fromkeys(tensors, name)
         index_file = {"metadata": {}, "weight_map": places}
@@ -151,7 +152,14 @@ def _describe(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_rope_dimension_count(shape.hidden_size // shape.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(shape.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("llama")
+    others = range(256, shape.vocab_size)  # a vocabulary of this kind has every byte
+    writer.add_token_list(
+        [f"<0x{byte:02X}>" for byte in range(256)] + [f"w{token}" for token in others]
+    )
+    writer.add_token_scores([0.0] * shape.vocab_size)
+    kinds = [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL] * len(others)
+    writer.add_token_types([int(kind) for kind in kinds])
 
 
 def _add(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, shape: Shape) -> None:

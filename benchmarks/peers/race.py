@@ -54,6 +54,7 @@ class Course:
     prompt: list[int]
     tokens: int
     python: Path  # of the environment with the peers
+    node_modules: Path  # with node-llama-cpp
 
 
 Runner = Callable[[Course], Finish]
@@ -67,6 +68,7 @@ def driven(name: str, script: str, of: Callable[[Course], Path], splits: bool = 
     """A peer behind a driver. `splits`: it lays files of its own down first, unmeasured."""
 
     def run(course: Course) -> Finish:
+        os.environ["PEERS_NODE_MODULES"] = str(course.node_modules)
         arguments = [str(of(course)), str(course.budget_bytes)]
         if splits:
             _said(_words(course, script, arguments, 0), _PREPARATION_S)
@@ -86,8 +88,14 @@ def driven(name: str, script: str, of: Callable[[Course], Path], splits: bool = 
 
 
 def _words(course: Course, script: str, arguments: list[str], tokens: int) -> list[str]:
+    """The command line of a driver. Raises PeerFailed where it cannot run."""
     ids = json.dumps(course.prompt)
-    return [str(course.python), str(HERE / script), *arguments, str(tokens), ids]
+    interpreter: Path | str = course.python
+    if script.endswith(".mjs"):
+        if not (course.node_modules / "node-llama-cpp").is_dir():
+            raise PeerFailed(f"node-llama-cpp is not installed in {course.node_modules}")
+        interpreter = "node"
+    return [str(interpreter), str(HERE / script), *arguments, str(tokens), ids]
 
 
 def flash_csd(course: Course) -> Finish:
@@ -186,7 +194,7 @@ PEERS: dict[str, Runner] = {
     "flash-csd": flash_csd,
     "accelerate": driven("accelerate", "accelerate_offload.py", lambda it: it.checkpoint),
     "airllm": driven("airllm", "airllm_layers.py", lambda it: it.checkpoint, splits=True),
-    "llama.cpp": driven("llama.cpp", "llama_cpp_mmap.py", lambda it: it.gguf),
+    "llama.cpp": driven("llama.cpp", "llama_cpp_mmap.mjs", lambda it: it.gguf),
 }
 
 

@@ -124,6 +124,7 @@ def _plot(report: Report, path: Path) -> None:
     axes = figure.add_subplot()
     bars = axes.barh([f.peer for f in done], [f.tokens_per_s or 0.0 for f in done])
     axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.set_xlabel(
         f"tokens/s, {format_size(report.weights_bytes)} of weights within "

@@ -101,7 +101,7 @@ def _words(course: Course, script: str, arguments: list[str], tokens: int) -> li
 def flash_csd(course: Course) -> Finish:
     """Ours: `csd generate --enforce`, the drive's daemon limited to the size of its DRAM."""
     media = course.checkpoint.with_suffix(".csd")
-    with _daemon(media) as (address, group):
+    with _daemon(media) as (address, _):
         name = course.checkpoint.name
         if name not in _packed(address):
             pack = ["pack", str(course.checkpoint), "--no-calibrate", "--drive", address]

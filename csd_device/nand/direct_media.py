@@ -28,6 +28,7 @@ import numpy.typing as npt
 from numba import njit, types
 
 from csd_device.checked_copy import Keep, copy_checked
+from csd_device.config import SECTOR_BYTES
 from csd_device.errors import DriveRefused, UnrecoveredRead
 from csd_device.gather import gather
 from csd_device.nand.media import U8, U32, FileMedia, Pieces, Retries
@@ -43,10 +44,9 @@ ALIGN_BYTES = 4096
 READ_BYTES = 1 << 20  # of one read; the last one of a long run may be shorter
 ARENA_BYTES = 16 << 20  # of all that is read at once
 JOB_READS = 16  # small reads that one job does one after the other
-_SECTOR = 4096  # of the cells: what a failed read names
 
 _pread = types.ExternalFunction(
-    "pread64", types.intp(types.int32, types.intp, types.intp, types.int64)
+    "pread", types.intp(types.int32, types.intp, types.intp, types.int64)
 )
 
 
@@ -206,8 +206,8 @@ class DirectMedia(PassingMedia):
         return work
 
     def _fault(self, at: int, length: int) -> UnrecoveredRead:
-        first = at // _SECTOR
-        psas = np.arange(first, first + length // _SECTOR, dtype=np.int64)
+        first = at // SECTOR_BYTES
+        psas = np.arange(first, first + length // SECTOR_BYTES, dtype=np.int64)
         return UnrecoveredRead(f"{self._path} cannot be read, {length} bytes at {at}", psas)
 
 

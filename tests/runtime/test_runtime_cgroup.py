@@ -20,17 +20,6 @@ with Cgroup.made(Hierarchy.find()) as group:
 """
 
 
-@pytest.fixture(scope="module")
-def hierarchy() -> Hierarchy:
-    """Skips where no group can be made: not root, and nothing delegated."""
-    try:
-        found = Hierarchy.find()
-        with Cgroup.made(found, "-probe"):
-            return found
-    except NoCgroup as error:
-        pytest.skip(str(error))
-
-
 def run_in(group: Cgroup, code: str) -> int:
     words = [sys.executable, "-S", "-c", code]
     return subprocess.run(group.command(words), check=False, stderr=subprocess.DEVNULL).returncode

@@ -1,6 +1,5 @@
 """Side by side with other runtimes, at a tiny size: the same values for all of them."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from benchmarks.peers.checkpoint import SHAPES, make_checkpoint, make_gguf, prom
 from csd_protocol.units import MIB
 from host_client.model.formats import open_checkpoint
 from host_client.model.source import resolve_source
-from host_client.runtime.cgroup import Cgroup, Hierarchy, NoCgroup
+from host_client.runtime.cgroup import Hierarchy
 
 TINY = SHAPES["tiny"]
 BUDGET = 4 * MIB
@@ -57,15 +56,8 @@ def test_a_peer_that_is_not_installed_is_left_out_with_its_reason(course: race.C
 
 
 def test_ours_and_disk_offload_say_the_same_first_token(
-    course: race.Course, monkeypatch: pytest.MonkeyPatch
+    course: race.Course, hierarchy: Hierarchy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    try:
-        with Cgroup.made(Hierarchy.find(), "-probe"):
-            pass
-    except NoCgroup as error:
-        pytest.skip(str(error))
-    if os.geteuid():
-        pytest.skip("dropping caches takes root")
     monkeypatch.setattr(race, "drop_caches", lambda: None)
     ours, theirs = race.race(course, ["flash-csd", "accelerate"])
     assert ours.failure is None

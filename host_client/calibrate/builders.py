@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csd_protocol.packed import PackedModel
+from csd_protocol.packed import PackedModel, Role
 from csd_protocol.program_file import (
     AttentionShape,
     RolloutLayer,
     SvdLayer,
     TwoLayers,
+    encode_frequency,
     encode_lowrank,
     encode_mlp,
     encode_oracle,
@@ -26,11 +27,12 @@ from csd_protocol.program_file import (
     encode_window,
 )
 from host_client.calibrate.calibration import LayerStatistics, ridge, walk
-from host_client.calibrate.choosers import top, unit_scores
+from host_client.calibrate.choosers import unit_scores
 from host_client.calibrate.dense_model import DecoderLayer, DenseModel
 from host_client.calibrate.lab import WANTED_SHARE
 from host_client.calibrate.low_bit_layers import group_of, round_layer
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
+from host_client.calibrate.selection import top
 from host_client.driver import Drive
 from host_client.model.errors import UnsupportedModel
 
@@ -49,6 +51,7 @@ class Recipe:
     lookahead: int = 1
     context: int = 2048
     windows: torch.Tensor | None = None  # int64 [windows, tokens] of calibration text
+    role: Role = Role.FFN  # whose units are scored; heads: by frequency, lowrank and mlp
 
 
 class Builder:
@@ -110,26 +113,35 @@ class Builder:
         norms = {layer.number: layer.down_norm.numpy() for layer in self._layers()}
         return encode_oracle(self._name, norms)
 
+    def head_norms(self) -> bytes:
+        """A `frequency` of heads: the mean norm of what each KV group adds, whatever the token."""
+        means = {n.layer.number: n.head_norms.mean((0, 1)).numpy() for n in self._walk()}
+        return encode_frequency(self._name, means, role=Role.HEADS)
+
     def lowrank(self) -> bytes:
-        """Two linear layers: the ridge regression of the wanted units, cut to the rank."""
+        """Two linear layers: the ridge regression of the labels, cut to the rank."""
         layers = {}
         for found in self._walk(self._recipe.lookahead):
-            x, wanted, mean = self._labels(found)
-            outer, inner = _cut(ridge(x, wanted - mean).t(), self._recipe.rank)
-            layers[found.layer.number] = _two_layers(found.layer, inner, outer, mean)
-        return encode_lowrank(self._name, layers, rms_eps=self._model.rms_eps)
+            norm, x, labels = self._labels(found)
+            mean = labels.mean(0)
+            outer, inner = _cut(ridge(x, labels - mean).t(), self._recipe.rank)
+            layers[found.layer.number] = _two_layers(norm, inner, outer, mean)
+        eps, role = self._model.rms_eps, self._recipe.role
+        return encode_lowrank(self._name, layers, rms_eps=eps, role=role)
 
     def mlp(self) -> bytes:
-        """ReLU features of random directions, and the ridge regression of the wanted units."""
+        """ReLU features of random directions, and the ridge regression of the labels."""
         layers = {}
         dice = torch.Generator().manual_seed(0)
         for found in self._walk(self._recipe.lookahead):
-            x, wanted, mean = self._labels(found)
+            norm, x, labels = self._labels(found)
+            mean = labels.mean(0)
             inner = torch.randn(self._recipe.rank, x.shape[1], generator=dice)
             inner /= x.pow(2).sum(1).mean().sqrt()
-            outer = ridge((x @ inner.t()).relu(), wanted - mean).t()
-            layers[found.layer.number] = _two_layers(found.layer, inner.numpy(), outer, mean)
-        return encode_mlp(self._name, layers, rms_eps=self._model.rms_eps)
+            outer = ridge((x @ inner.t()).relu(), labels - mean).t()
+            layers[found.layer.number] = _two_layers(norm, inner.numpy(), outer, mean)
+        eps, role = self._model.rms_eps, self._recipe.role
+        return encode_mlp(self._name, layers, rms_eps=eps, role=role)
 
     def window(self) -> bytes:
         """The units of the last tokens; ties are broken by how often each is wanted at all."""
@@ -162,19 +174,25 @@ class Builder:
                 yield found.layer.number, round_layer(found.layer, bits, group, found.moments)
 
     def _labels(self, found: LayerStatistics) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inputs [n, hidden] as the program norms them, wanted units [n, units], and their mean."""
-        seen = found.seen[self._recipe.lookahead]
-        x = self._model.ffn_input(found.layer, seen).flatten(0, 1)
-        scores = unit_scores(self._model, found.layer, found.attended).flatten(0, 1)
-        wanted = top(scores, max(1, round(WANTED_SHARE * scores.shape[1]))).float()
-        return x, wanted, wanted.mean(0)
+        """The program's RMSNorm weight, inputs [n, hidden] behind it, and labels [n, units].
+
+        Labels are the wanted units; of KV groups, the norms of what they add.
+        """
+        if self._recipe.role is Role.HEADS:
+            norm, labels = found.layer.attn_norm, found.head_norms.flatten(0, 1)
+        else:
+            scores = unit_scores(self._model, found.layer, found.attended).flatten(0, 1)
+            wanted = top(scores, max(1, round(WANTED_SHARE * scores.shape[1])))
+            norm, labels = found.layer.norm, wanted.float()
+        x = self._model.normed(found.seen[self._recipe.lookahead], norm)
+        return norm, x.flatten(0, 1), labels
 
 
 def _two_layers(
-    layer: DecoderLayer, inner: F32, outer: torch.Tensor | F32, bias: torch.Tensor
+    norm: torch.Tensor, inner: F32, outer: torch.Tensor | F32, bias: torch.Tensor
 ) -> TwoLayers:
     return TwoLayers(
-        norm=layer.norm.numpy(), inner=inner, outer=np.asarray(outer), outer_bias=bias.numpy()
+        norm=norm.numpy(), inner=inner, outer=np.asarray(outer), outer_bias=bias.numpy()
     )
 
 

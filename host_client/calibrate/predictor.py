@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_protocol.packed import PackedModel
-from csd_protocol.program_file import encode_frequency
+from csd_protocol.program_file import encode_frequency, role_of
 from host_client.calibrate.packed_units import site_values
 from host_client.driver import Drive
 from host_client.runtime.plain_reads import PlainReads
@@ -28,13 +28,16 @@ def read_down_norms(drive: Drive, packed: PackedModel) -> F32:
 
 
 def load_predictor(drive: Drive, packed: PackedModel, kind: str, data: bytes) -> int:
-    """Load and activate a program in place of the model's earlier one of its kind; its number."""
-    loaded = drive.programs()
-    for entry in loaded:
-        if entry["kind"] == kind and entry["model"] == packed.name:
+    """Load and activate a program in place of the model's earlier one of its kind and role.
+
+    Returns its number.
+    """
+    taken, like_it = set(), (kind, packed.name, role_of(data))
+    for entry in drive.programs():
+        if (entry["kind"], entry["model"], entry["role"]) == like_it:
             drive.unload_program(entry["program"])
-    taken = {entry["program"] for entry in loaded if entry["model"] != packed.name}
-    taken |= {entry["program"] for entry in loaded if entry["kind"] != kind}
+        else:
+            taken.add(entry["program"])
     number = next(number for number in range(_PROGRAMS_MAX) if number not in taken)
     drive.load_program(number, data, activate=True)
     return number

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from csd_protocol.packed import PackedModel
+from csd_protocol.packed import PackedModel, Role
 from csd_protocol.status import Status
 from host_client.calibrate.builders import Builder, Recipe
 from host_client.calibrate.calibration import walk
@@ -33,7 +33,7 @@ from host_client.model.catalog import open_model, read_frequencies, store_freque
 from host_client.model.errors import UnsupportedModel
 from host_client.runtime.causal_lm import CsdModelForCausalLM, runtime_of
 from host_client.runtime.guidance import Programs
-from host_client.runtime.refusals import NoPredictor
+from host_client.runtime.refusals import NoPredictor, RequestRefused
 
 CALIBRATION_TOKENS = 2048
 _NO_ROOM = (
@@ -90,9 +90,8 @@ class Kind(StrEnum):
     ORACLE = "oracle"
     GATE = "gate"
 
-    @property
-    def needs_text(self) -> bool:
-        return self in (Kind.LOWRANK, Kind.MLP, Kind.WINDOW)
+    def needs_text(self, role: Role = Role.FFN) -> bool:
+        return self in (Kind.LOWRANK, Kind.MLP, Kind.WINDOW) or role is Role.HEADS
 
 
 def build_predictor(
@@ -105,8 +104,10 @@ def build_predictor(
     """A program file of this kind; without a recipe as `csd pack` loads it.
 
     Raises NoPredictor for `frequency` before calibration, UnsupportedModel for a model that the
-    kind has no place for.
+    kind has no place for, RequestRefused for a role that the kind does not have.
     """
+    if recipe is not None and recipe.role is Role.HEADS:
+        return _build_for_heads(Builder(drive, packed, recipe, progress), kind)
     if kind == Kind.FREQUENCY:
         return _frequency(drive, packed)
     if kind == Kind.GATE:
@@ -117,6 +118,21 @@ def build_predictor(
     with torch.inference_mode():
         made: bytes = getattr(builder, Kind(kind).value)()
     return made
+
+
+def _build_for_heads(builder: Builder, kind: str) -> bytes:
+    makers = {
+        Kind.FREQUENCY: builder.head_norms,
+        Kind.LOWRANK: builder.lowrank,
+        Kind.MLP: builder.mlp,
+    }
+    if kind not in makers:
+        raise RequestRefused(
+            f"a {kind} of role heads: KV groups are scored by {', '.join(makers)}, and by a "
+            f"rollout without any role. Build one of those"
+        )
+    with torch.inference_mode():
+        return makers[Kind(kind)]()
 
 
 def _frequency(drive: Drive, packed: PackedModel) -> bytes:

@@ -1,11 +1,13 @@
 """`csd predictor`: build programs from a packed model and load them onto the drive."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from csd_protocol.packed import Role
 from csd_protocol.units import format_size
 from host_client.calibrate.builders import Recipe
 from host_client.calibrate.predictor import load_predictor
@@ -21,10 +23,21 @@ from host_client.runtime.causal_lm import LOOKAHEAD_DEFAULT
 app = typer.Typer(help="Predictors: build, load and list the programs on the drive.")
 
 
+class Scored(StrEnum):
+    """What a built program may score."""
+
+    FFN = Role.FFN.value
+    HEADS = Role.HEADS.value
+
+
 @app.command()
 def build(
     kind: Kind,
     model: Model,
+    role: Annotated[
+        Scored,
+        typer.Option(help="Score neurons (ffn), or KV groups (heads: frequency, lowrank, mlp)."),
+    ] = Scored.FFN,
     bits: Annotated[int, typer.Option(help="shadow, rollout: bits of a level: 2, 3, 4 or 8.")] = 4,
     fit: Annotated[
         bool,
@@ -54,10 +67,10 @@ def build(
     with open_drive(drive, time) as opened:
         _, packed = open_model(opened, name_on_drive(model))
         windows = None
-        if fit or kind.needs_text:
+        if fit or kind.needs_text(Role(role)):
             tokenizer = load_tokenizer(resolve_source(model))
             windows = calibration_windows(tokenizer, tokens, text or [])
-        recipe = Recipe(bits, rank, lookahead, context, windows)
+        recipe = Recipe(bits, rank, lookahead, context, windows, Role(role))
         with progress_count(f"building {kind.value}, layers") as update:
             data = build_predictor(opened, packed, kind.value, update, recipe)
         if to is not None:
@@ -86,11 +99,12 @@ def list_programs(drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> 
     """List the programs on the drive."""
     with open_drive(drive, time) as opened:
         programs = opened.programs()
-    table = Table("program", "kind", "model", "size", "active")
+    table = Table("program", "kind", "scores", "model", "size", "active")
     for entry in programs:
         table.add_row(
             str(entry["program"]),
             entry["kind"],
+            entry["role"] + ("+heads" if entry["kv_groups"] else ""),
             entry["model"],
             format_size(entry["bytes"]),
             "yes" if entry["active"] else "no",

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import accelerate
 import torch
-from token_times import TokenTimes
+from greedy import generate
 from transformers import AutoModelForCausalLM
 
 
@@ -19,17 +19,7 @@ def main(checkpoint: str, budget_bytes: int, tokens: int, prompt: list[int]) -> 
             max_memory={"cpu": budget_bytes},
             offload_folder=folder,
         )
-        times = TokenTimes()
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=False,
-                streamer=times,
-            )
-    return times.report(output[0, len(prompt) :].tolist(), f"accelerate {accelerate.__version__}")
+        return generate(model, tokens, prompt, f"accelerate {accelerate.__version__}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import torch
 from airllm import AutoModel
-from token_times import TokenTimes
+from greedy import generate
 
 
 def main(checkpoint: str, tokens: int, prompt: list[int]) -> str:
@@ -18,18 +18,7 @@ def main(checkpoint: str, tokens: int, prompt: list[int]) -> str:
         model = AutoModel.from_pretrained(checkpoint, device="cpu", dtype=torch.bfloat16)
         if not tokens:
             return ""
-        times = TokenTimes()
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=False,
-                use_cache=True,
-                streamer=times,
-            )
-    return times.report(output[0, len(prompt) :].tolist(), f"AirLLM {version('airllm')}")
+        return generate(model, tokens, prompt, f"AirLLM {version('airllm')}")
 
 
 if __name__ == "__main__":

@@ -204,13 +204,22 @@ def can_copy_checked(out: U8, keep: Keep) -> bool:
     return not any(number % LINE_BYTES for number in (out.shape[1], out.ctypes.data, kept_at))
 
 
-def copy_checked(source: U8, starts: I64, out: U8, keep: Keep, sectors: U16 | None = None) -> U32:
+def copy_checked(
+    source: U8,
+    starts: I64,
+    out: U8,
+    keep: Keep,
+    sectors: U16 | None = None,
+    *,
+    of_bytes: int | None = None,
+) -> U32:
     """Copies the unit at `source[starts[i]]` to the row out[i]; the CRC32C of each [n].
 
     `source` and what is kept are flat, `out` is [n, unit_bytes], all contiguous. With `sectors`,
     what `starts` name are sectors of which sectors[s] - 1 says where in `source` number s lies, and
     each start is a multiple of 64. A range outside of any is a bug and fails an assertion; which
     sectors of `source` there are is the caller's to know.
+    `of_bytes`: the size of the copy that this is a part of, if it is one.
     """
     count, unit_bytes = out.shape
     assert starts.size == count
@@ -227,7 +236,7 @@ def copy_checked(source: U8, starts: I64, out: U8, keep: Keep, sectors: U16 | No
     keeps = np.zeros(count, np.int64)
     keeps[: keep.starts.size] = keep.memory.ctypes.data + keep.starts
     checksums = np.empty(count, np.uint32)
-    streams = out.size >= STREAM_BYTES_MIN
+    streams = (of_bytes or out.size) >= STREAM_BYTES_MIN
     base = source.ctypes.data
     _pass_all(base, sectors, starts, targets, keeps, unit_bytes, streams, checksums)
     return checksums

@@ -40,6 +40,7 @@ from csd_device.ftl.programs import PagePrograms, Work
 from csd_device.ftl.recovery import Recovered, checkpoint_arrays, recover
 from csd_device.ftl.two_way_map import TwoWayMap
 from csd_device.gather import gather
+from csd_device.nand.direct_media import Begin, DirectMedia, at_once
 from csd_device.nand.media import FileMedia, Media, Pieces, Retries, direct_copy
 from csd_device.nand.patterns import PatternMedia, PatternTable
 from csd_device.nand.superblocks import Superblocks, SuperblockState
@@ -140,15 +141,22 @@ class Ftl:
         self._saved_reads = self._superblocks.reads.copy()
 
     @classmethod
-    def open(cls, directory: Path, config: DriveConfig, wrap: Wrap | None = None) -> Self:
+    def open(
+        cls,
+        directory: Path,
+        config: DriveConfig,
+        wrap: Wrap | None = None,
+        begin: Begin = at_once,
+    ) -> Self:
         """The drive kept in this folder, made if it is not there. Raises DriveRefused.
 
         `wrap` puts decorators around the clean media; it is given the wear that they go by.
+        `begin` is who carries direct reads out.
         """
         with ExitStack() as undo:
             folder = MediaFolder.open(directory, config)
             undo.callback(folder.close)
-            stored = FileMedia(folder.nand_path, config.geometry.raw_bytes)
+            stored = _open_media(folder.nand_path, config, begin)
             undo.callback(stored.close)
             cells = PatternMedia(stored, folder.path)
             media: Media = cells
@@ -525,3 +533,11 @@ class Ftl:
         if start < 0 or end > self.capacity_sectors * SECTOR_BYTES:
             first = start // SECTOR_BYTES
             raise LbaOutOfRange(first, -(-end // SECTOR_BYTES) - first, self.capacity_sectors)
+
+
+def _open_media(path: Path, config: DriveConfig, begin: Begin) -> Media:
+    """The cells as the drive's file says that they are read. Raises DriveRefused."""
+    size_bytes = config.geometry.raw_bytes
+    if config.media.direct_io:
+        return DirectMedia(path, size_bytes, begin)
+    return FileMedia(path, size_bytes)

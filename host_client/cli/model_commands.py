@@ -22,6 +22,7 @@ from host_client.cli.options import (
     Active,
     Dram,
     DriveAddress,
+    Enforce,
     FarKind,
     Json,
     LookaheadText,
@@ -51,6 +52,8 @@ from host_client.runtime.causal_lm import (
 from host_client.runtime.generate import generate as run_generation
 from host_client.runtime.generate import prompt_ids, random_ids
 from host_client.runtime.lookahead import AUTO
+from host_client.runtime.memory_limit import MemoryLimit
+from host_client.runtime.plan import parse_budget
 from host_client.runtime.quality import Quality
 from host_client.runtime.timeline import HostTimeline
 
@@ -185,6 +188,7 @@ def generate(
         Path | None,
         typer.Option(help="Write a timeline of host and drive here, for ui.perfetto.dev."),
     ] = None,
+    enforce: Enforce = False,
     as_json: Json = False,
 ) -> None:
     """Generate text, the weights staged by the drive as they are needed."""
@@ -193,6 +197,7 @@ def generate(
     name = resolve_source(model).name if prompt_tokens is None else name_on_drive(model)
     kept = Quality.parse(quality)
     with open_drive(drive, time) as opened:
+        limit = _limit(opened, name, dram) if enforce else None
         tokenizer, ids = _prompt(opened, model, prompt or "", prompt_tokens, raw)
         with progress_bytes("loading resident weights") as update:
             made = CsdModelForCausalLM.from_pretrained(
@@ -222,6 +227,8 @@ def generate(
                 )
         finally:
             runtime_of(made).close()
+        if limit:
+            report.enforced = limit.report()
         if trace and timeline:
             write_trace(trace, timeline.combined(opened.log_page(LogPage.TRACE)))
         if as_json:
@@ -229,6 +236,11 @@ def generate(
             return
         err.print()
         err.print(reports.generation_table(report, runtime_of(made).plan))
+
+
+def _limit(drive: Drive, name: str, dram: str) -> MemoryLimit:
+    _, packed = open_model(drive, name)
+    return MemoryLimit.begin(parse_budget(dram, packed))
 
 
 def _prompt(

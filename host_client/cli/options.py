@@ -101,4 +101,12 @@ FarKind = Annotated[
         "for what is staged.",
     ),
 ]
+Enforce = Annotated[
+    bool,
+    typer.Option(
+        "--enforce",
+        help="Have the kernel limit the process to the budget and a stated allowance for "
+        "interpreter and libraries, in a control group, and say what the kernel measured.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

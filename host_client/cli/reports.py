@@ -13,6 +13,7 @@ from host_client.runtime.token_time import TokenTime
 
 if TYPE_CHECKING:
     from host_client.runtime.generate import GenerationReport
+    from host_client.runtime.memory_limit import EnforcedReport
     from host_client.runtime.plain_reads import Damage
 
 
@@ -197,11 +198,23 @@ def generation_table(report: "GenerationReport", plan: Plan) -> Table:
     if report.predictor is not None:
         at = [name for name, _ in rows].index("predicted") + 1
         rows.insert(at, ("corrected", _corrected(report)))
+    if report.enforced:
+        at = [name for name, _ in rows].index("process, peak") + 1
+        rows.insert(at, ("process, limited", _enforced(report.enforced)))
     if report.recovered_units:
         rows.append(("recovered", _recovered(report)))
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _enforced(enforced: "EnforcedReport") -> str:
+    return (
+        f"{format_size(enforced.peak_bytes)} at most, as the kernel measured, of "
+        f"{format_size(enforced.limit_bytes)}: the budget and "
+        f"{format_size(enforced.allowance_bytes)} "
+        f"for interpreter and libraries ({format_size(enforced.start_bytes)} before any weights)"
+    )
 
 
 def _recovered(report: "GenerationReport") -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from host_client.runtime.causal_lm import runtime_of
+from host_client.runtime.memory_limit import EnforcedReport
 from host_client.runtime.tally import Tally
 from host_client.runtime.timeline import COMPUTE, HostTimeline
 
@@ -70,6 +71,7 @@ class GenerationReport(BaseModel):
     nand_wait_ns_per_token: float  # of that, waiting for NAND
     reader: str
     drive: DriveReport
+    enforced: EnforcedReport | None = None  # with a limit that the kernel kept
 
 
 class TokenClock(BaseStreamer):

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 from csd_device.config import load_config
-from csd_device.errors import DriveRefused, WriteFault
+from csd_device.errors import DriveRefused, UnrecoveredRead, WriteFault
 from csd_device.fault_config import FaultsConfig
-from csd_device.nand import FileMedia, Media, Pieces, RamMedia
+from csd_device.nand import DirectMedia, FileMedia, Media, Pieces, RamMedia
+from csd_device.nand.direct_media import Begin, at_once
 from csd_device.nand.faults import NO_SECTORS, FaultCounters, Surroundings, faulty
 from csd_device.nand.faults.power_loss import PowerLoss, PowerSupply
 from csd_device.nand.media import U8
 from csd_device.nand.passing import PassingMedia
 from csd_device.nand.patterns import PatternMedia
 from csd_device.nand.superblocks import Superblocks
+from csd_device.service.read_threads import in_threads
 
 SIZE = 1 << 20
 
@@ -42,6 +44,14 @@ def with_patterns(folder: Path) -> Media:
     return media
 
 
+def direct(folder: Path, begin: Begin) -> Media:
+    """Skips where the folder's filesystem has no direct I/O."""
+    try:
+        return DirectMedia(folder / "nand.img", SIZE, begin)
+    except DriveRefused as error:
+        pytest.skip(str(error))
+
+
 MAKERS: dict[str, Callable[[Path], Media]] = {
     "ram": lambda folder: RamMedia(SIZE),
     "file": lambda folder: FileMedia(folder / "nand.img", SIZE),
@@ -50,6 +60,8 @@ MAKERS: dict[str, Callable[[Path], Media]] = {
     "on a power supply, patterns": lambda folder: PowerLoss(
         with_patterns(folder), PowerSupply(np.random.default_rng(0))
     ),
+    "direct": lambda folder: direct(folder, at_once),
+    "direct, other threads": lambda folder: direct(folder, in_threads()),
     "decorated": lambda folder: PassingMedia(RamMedia(SIZE)),
     "no bit errors": behind({"bit_errors": {"rate": 0.0}}),
     "bit errors": behind({"bit_errors": {"rate": 7e-3}}),
@@ -171,4 +183,15 @@ def test_the_map_is_let_go_when_it_holds_too_much(
     media.write(0, np.full(SIZE, 3, np.uint8))
     for _ in range(3):
         assert (_read(media, 0, SIZE) == 3).all()
+    media.close()
+
+
+def test_direct_reads_that_end_early_name_their_sectors(tmp_path: Path) -> None:
+    media = direct(tmp_path, in_threads())
+    os.truncate(tmp_path / "nand.img", SIZE // 2)
+    with pytest.raises(UnrecoveredRead, match=r"nand\.img cannot be read") as caught:
+        _read(media, 0, SIZE)
+    assert caught.value.psas is not None
+    assert SIZE // 2 // 4096 in caught.value.psas
+    assert not _read(media, 0, SIZE // 2).any()
     media.close()

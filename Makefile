@@ -18,9 +18,12 @@ TESTS ?= tests
 WORKERS ?= auto
 DEMO_PROMPT ?= What is a solid-state drive, in three sentences?
 DEMO_BUDGET ?= 45%
+PEERS := .venv-peers
+NODE_LLAMA := 3.21.1
+PEER_OPTIONS ?=
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
-.PHONY: help setup demo test lint proto proto-check bench integration lock clean
+.PHONY: help setup demo test lint proto proto-check bench bench-peers integration lock clean
 
 help:
 	@echo "make demo          pack SmolLM2-135M onto an embedded drive and let it answer"
@@ -29,6 +32,7 @@ help:
 	@echo "make lint          ruff, mypy --strict, import directions, drift of the generated stubs"
 	@echo "make proto         generate the gRPC stubs from proto/"
 	@echo "make bench         the benchmarks; writes bench.json"
+	@echo "make bench-peers   the same model under the same memory limit as other runtimes; needs root"
 	@echo "make integration   device and host in containers, where a Docker engine answers"
 	@echo "make lock          requirements.lock from what is installed in .venv/"
 	@echo "make clean         remove what was built, .venv/ included"
@@ -69,6 +73,21 @@ proto-check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --json bench.json
 
+# Peers are in an environment of their own, llama.cpp by way of npm; what cannot be installed is left out.
+bench-peers: $(STAMP) $(PEERS)/.installed
+	$(BIN)/python -m benchmarks.peers --python $(PEERS)/bin/python \
+	    --node-modules $(PEERS)/node_modules $(PEER_OPTIONS)
+
+$(PEERS)/.installed: benchmarks/peers/constraints.txt requirements.lock
+	@tools/make_venv.sh "$(PYTHON)" "$(PEERS)"
+	@echo "bench-peers: installing the peers into $(PEERS)"
+	@$(PEERS)/bin/python -m pip -qq --no-input install -c benchmarks/peers/constraints.txt \
+	    -c requirements.lock torch transformers accelerate airllm
+	@npm install --silent --no-save --prefix $(PEERS) --omit=optional --ignore-scripts \
+	    node-llama-cpp@$(NODE_LLAMA) @node-llama-cpp/linux-x64@$(NODE_LLAMA) || \
+	    echo "bench-peers: npm brings no llama.cpp; it is left out"
+	@touch $@
+
 integration:
 	@docker/integration.sh
 
@@ -77,5 +96,5 @@ lock: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
-	rm -rf .hypothesis bench.json
+	rm -rf .hypothesis bench.json $(PEERS) peers.json peers.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,12 +19,14 @@ BENCHMARKS = (
     "timeline",
     "random_reads",
     "stage_rate",
+    "made_reads",
     "recovery",
     "program_rows",
     "unit_rows",
     "stage_latency",
     "generate",
     "expert_recall",
+    "two_levels",
 )
 
 

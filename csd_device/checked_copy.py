@@ -18,9 +18,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from csd_device.config import SECTOR_BYTES
 from csd_protocol.crc32c import crc_step
 
 U8 = npt.NDArray[np.uint8]
+U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 
@@ -95,38 +97,65 @@ def _pass_line(crc: Any, source: Any, target: Any, keep: Any, streams: Any) -> A
 
 
 @njit(nogil=True, cache=True)
-def _pass_four(sources: Any, targets: Any, keeps: Any, unit_bytes: Any, streams: Any) -> Any:
+def _line_at(base: Any, start: Any, sectors: Any) -> Any:
+    """The address of the line at `start`; `sectors` is None, or says which sector it lies in."""
+    if sectors is None:
+        return base + start
+    inner = start % SECTOR_BYTES
+    return base + (np.int64(sectors[start // SECTOR_BYTES]) - 1) * SECTOR_BYTES + inner
+
+
+@njit(nogil=True, cache=True)
+def _pass_four(
+    base: Any, sectors: Any, starts: Any, targets: Any, keeps: Any, unit_bytes: Any, streams: Any
+) -> Any:
     """Four units side by side; the CRC of each before the final inversion."""
     crc_a = crc_b = crc_c = crc_d = _ONES
     is_kept = keeps[0] != 0
     for at in range(0, unit_bytes, LINE_BYTES):
         kept = at if is_kept else 0
-        crc_a = _pass_line(crc_a, sources[0] + at, targets[0] + at, keeps[0] + kept, streams)
-        crc_b = _pass_line(crc_b, sources[1] + at, targets[1] + at, keeps[1] + kept, streams)
-        crc_c = _pass_line(crc_c, sources[2] + at, targets[2] + at, keeps[2] + kept, streams)
-        crc_d = _pass_line(crc_d, sources[3] + at, targets[3] + at, keeps[3] + kept, streams)
+        line_a = _line_at(base, starts[0] + at, sectors)
+        line_b = _line_at(base, starts[1] + at, sectors)
+        line_c = _line_at(base, starts[2] + at, sectors)
+        line_d = _line_at(base, starts[3] + at, sectors)
+        crc_a = _pass_line(crc_a, line_a, targets[0] + at, keeps[0] + kept, streams)
+        crc_b = _pass_line(crc_b, line_b, targets[1] + at, keeps[1] + kept, streams)
+        crc_c = _pass_line(crc_c, line_c, targets[2] + at, keeps[2] + kept, streams)
+        crc_d = _pass_line(crc_d, line_d, targets[3] + at, keeps[3] + kept, streams)
     return crc_a, crc_b, crc_c, crc_d
 
 
 @njit(nogil=True, cache=True)
-def _pass_one(source: Any, target: Any, keep: Any, unit_bytes: Any, streams: Any) -> Any:
+def _pass_one(
+    base: Any, sectors: Any, start: Any, target: Any, keep: Any, unit_bytes: Any, streams: Any
+) -> Any:
     crc = _ONES
     for at in range(0, unit_bytes, LINE_BYTES):
-        crc = _pass_line(crc, source + at, target + at, keep + at if keep else 0, streams)
+        line = _line_at(base, start + at, sectors)
+        crc = _pass_line(crc, line, target + at, keep + at if keep else 0, streams)
     return crc
 
 
 @njit(nogil=True, cache=True)
 def _pass_each(
-    sources: Any, targets: Any, keeps: Any, unit_bytes: Any, streams: Any, checksums: Any
+    base: Any,
+    sectors: Any,
+    starts: Any,
+    targets: Any,
+    keeps: Any,
+    unit_bytes: Any,
+    streams: Any,
+    checksums: Any,
 ) -> None:
     kept = np.count_nonzero(keeps)
     index = 0
-    while index < sources.shape[0]:
-        end = kept if index < kept else sources.shape[0]
+    while index < starts.shape[0]:
+        end = kept if index < kept else starts.shape[0]
         if index + 4 <= end:
             crcs = _pass_four(
-                sources[index : index + 4],
+                base,
+                sectors,
+                starts[index : index + 4],
                 targets[index : index + 4],
                 keeps[index : index + 4],
                 unit_bytes,
@@ -136,21 +165,29 @@ def _pass_each(
                 checksums[index + offset] = np.uint32(crcs[offset] ^ _ONES)
             index += 4
         else:
-            crc = _pass_one(sources[index], targets[index], keeps[index], unit_bytes, streams)
+            start, target, keep = starts[index], targets[index], keeps[index]
+            crc = _pass_one(base, sectors, start, target, keep, unit_bytes, streams)
             checksums[index] = np.uint32(crc ^ _ONES)
             index += 1
 
 
 @njit(nogil=True, cache=True)
 def _pass_all(
-    sources: Any, targets: Any, keeps: Any, unit_bytes: Any, streams: Any, checksums: Any
+    base: Any,
+    sectors: Any,
+    starts: Any,
+    targets: Any,
+    keeps: Any,
+    unit_bytes: Any,
+    streams: Any,
+    checksums: Any,
 ) -> None:
     """All units, given by address; those with a place to be kept are the first ones."""
     if streams:
-        _pass_each(sources, targets, keeps, unit_bytes, True, checksums)
+        _pass_each(base, sectors, starts, targets, keeps, unit_bytes, True, checksums)
         _fence()
     else:
-        _pass_each(sources, targets, keeps, unit_bytes, None, checksums)
+        _pass_each(base, sectors, starts, targets, keeps, unit_bytes, None, checksums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,26 +204,41 @@ def can_copy_checked(out: U8, keep: Keep) -> bool:
     return not any(number % LINE_BYTES for number in (out.shape[1], out.ctypes.data, kept_at))
 
 
-def copy_checked(source: U8, starts: I64, out: U8, keep: Keep) -> U32:
+def copy_checked(
+    source: U8,
+    starts: I64,
+    out: U8,
+    keep: Keep,
+    sectors: U16 | None = None,
+    *,
+    of_bytes: int | None = None,
+) -> U32:
     """Copies the unit at `source[starts[i]]` to the row out[i]; the CRC32C of each [n].
 
-    `source` and what is kept are flat, `out` is [n, unit_bytes], all contiguous. A range outside
-    of any is a bug and fails an assertion.
+    `source` and what is kept are flat, `out` is [n, unit_bytes], all contiguous. With `sectors`,
+    what `starts` name are sectors of which sectors[s] - 1 says where in `source` number s lies, and
+    each start is a multiple of 64. A range outside of any is a bug and fails an assertion; which
+    sectors of `source` there are is the caller's to know.
+    `of_bytes`: the size of the copy that this is a part of, if it is one.
     """
     count, unit_bytes = out.shape
     assert starts.size == count
     assert keep.starts.size <= count
     assert can_copy_checked(out, keep)
     assert out.flags.c_contiguous
-    _assert_inside(starts, unit_bytes, source)
+    if sectors is None:
+        _assert_inside(starts, unit_bytes, source)
+    else:
+        assert not (starts % LINE_BYTES).any()
+        assert starts.max(initial=0) + unit_bytes <= sectors.size * SECTOR_BYTES
     _assert_inside(keep.starts, unit_bytes, keep.memory)
     targets = out.ctypes.data + np.arange(count, dtype=np.int64) * unit_bytes
     keeps = np.zeros(count, np.int64)
     keeps[: keep.starts.size] = keep.memory.ctypes.data + keep.starts
     checksums = np.empty(count, np.uint32)
-    sources = source.ctypes.data + starts
-    streams = out.size >= STREAM_BYTES_MIN
-    _pass_all(sources, targets, keeps, unit_bytes, streams, checksums)
+    streams = (of_bytes or out.size) >= STREAM_BYTES_MIN
+    base = source.ctypes.data
+    _pass_all(base, sectors, starts, targets, keeps, unit_bytes, streams, checksums)
     return checksums
 
 

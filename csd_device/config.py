@@ -355,6 +355,12 @@ class FtlConfig(_Section):
     reclaim_days: NonNegative = 90  # powered-on age of data before it moves; 0: never
 
 
+class MediaConfig(_Section):
+    """How the file of the cells is read. Nothing of it is modelled."""
+
+    direct_io: bool = False  # past the page cache, at the disk's rate; False: by way of it
+
+
 class Queues(_Section):
     """Submission and completion queues."""
 
@@ -387,6 +393,7 @@ class DriveConfig(_Section):
     ftl: FtlConfig
     queues: Queues
     write_buffer: WriteBufferConfig = WriteBufferConfig()
+    media: MediaConfig = MediaConfig()
     endurance: Endurance = Endurance()
     thermal: Thermal = Thermal()
     faults: FaultsConfig = FaultsConfig()

@@ -42,6 +42,7 @@ from csd_device.firmware.thermal import Thermal
 from csd_device.ftl import Ftl
 from csd_device.ftl.translation import Counters, Wrap
 from csd_device.nand import Timeline
+from csd_device.nand.direct_media import Begin, at_once
 from csd_device.nand.faults import FaultCounters, MediaSwitch, PowerCut, Surroundings
 from csd_device.nand.media import Media
 from csd_device.nand.superblocks import Superblocks
@@ -77,10 +78,11 @@ class Drive:
         time_mode: TimeMode,
         window_path: Path | None = None,
         wrap: Wrap | None = None,
+        begin: Begin = at_once,
     ) -> "Drive":
         """Opens the media folder, made when it is not there, and the window.
 
-        `wrap` puts decorators around the media: `Ftl.open`.
+        `wrap` puts decorators around the media, `begin` carries direct reads out: `Ftl.open`.
 
         Without `window_path` the window lies on /dev/shm, named after the media's full path.
         Raises DriveRefused for media of another geometry or version, media or a window in use, and
@@ -90,7 +92,7 @@ class Drive:
         def wrapped(media: Media, superblocks: Superblocks) -> Media:
             return MediaSwitch(wrap(media, superblocks) if wrap else media)
 
-        ftl = Ftl.open(media_path, config, wrapped)
+        ftl = Ftl.open(media_path, config, wrapped, begin)
         try:
             serial = _serial(media_path)
             path = window_path or SHARED_MEMORY / f"csd-window-{serial}"

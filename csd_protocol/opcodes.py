@@ -36,6 +36,8 @@ class NvmOpcode(IntEnum):
     DATASET_MANAGEMENT = 0x09
     VERIFY = 0x0C
     COPY = 0x19
+    DEFINE_PATTERNS = 0xC0
+    WRITE_PATTERNS = 0xC1
 
 
 class ComputeOpcode(IntEnum):

@@ -26,6 +26,9 @@ ACTIVATIONS = ("silu",)
 ROLES = (Role.FFN, Role.HEADS, Role.ROUTER)  # sites that a program may speak for
 WINDOW_TOKENS_MAX = 32
 CONTEXT_MAX = 1 << 17
+SEED_MAX = (1 << 29) - 1
+OVERLAP_MAX = 0.95
+WIDTH_MAX = RANK_MAX = 1 << 20
 
 
 class ProgramKind(StrEnum):
@@ -39,6 +42,7 @@ class ProgramKind(StrEnum):
     FARSIGHT = "farsight"
     GATE = "gate"
     ORACLE = "oracle"
+    PLANTED = "planted"
 
 
 class Key(StrEnum):
@@ -59,6 +63,10 @@ class Key(StrEnum):
     HEAD_DIM = "csd.head_dim"  # attention: values of one head
     ROPE_THETA = "csd.rope_theta"  # attention: base of the rotary embedding
     CONTEXT = "csd.context"  # attention: positions whose keys and values are kept
+    SEED = "csd.seed"  # planted: of what is drawn
+    OVERLAP = "csd.overlap"  # planted: how often a unit keeps what was drawn for it
+    WIDTH = "csd.width"  # planted: values of a hidden state
+    RANK = "csd.rank"  # planted: of the program whose cost it stands for
 
 
 class Tensor(StrEnum):
@@ -266,6 +274,34 @@ def encode_window(
     tensors = {Tensor.COUNTS.of(layer): _single(values) for layer, values in counts.items()}
     window = {Key.TOKENS.value: str(tokens), Key.DECAY.value: repr(float(decay))}
     return save(tensors, _metadata(ProgramKind.WINDOW, model, role) | window)
+
+
+def encode_planted(
+    model: str,
+    counts: Mapping[int, npt.NDArray[Any]],
+    *,
+    seed: int,
+    overlap: float,
+    width: int,
+    rank: int,
+    role: Role = Role.FFN,
+) -> bytes:
+    """A `planted` program file: units [units] are drawn by their counts, for inputs of `width`.
+
+    Raises ValueError for an overlap that is not in (0, OVERLAP_MAX], or a seed beyond SEED_MAX.
+    """
+    if not 0 < overlap <= OVERLAP_MAX:
+        raise ValueError(f"an overlap of {overlap}; it lies above 0 and is at most {OVERLAP_MAX}")
+    if not 0 <= seed <= SEED_MAX:
+        raise ValueError(f"a seed of {seed}; it is a number from 0 to {SEED_MAX}")
+    tensors = {Tensor.COUNTS.of(layer): _single(values) for layer, values in counts.items()}
+    planted = {
+        Key.SEED.value: str(seed),
+        Key.OVERLAP.value: repr(float(overlap)),
+        Key.WIDTH.value: str(width),
+        Key.RANK.value: str(rank),
+    }
+    return save(tensors, _metadata(ProgramKind.PLANTED, model, role) | planted)
 
 
 def encode_lowrank(

@@ -11,6 +11,7 @@ from csd_device.compute.gate import GateProgram
 from csd_device.compute.lowrank import LowRankProgram
 from csd_device.compute.mlp import MlpProgram
 from csd_device.compute.oracle import OracleProgram
+from csd_device.compute.planted import PlantedProgram
 from csd_device.compute.program import Program
 from csd_device.compute.rollout import RolloutProgram
 from csd_device.compute.shadow import ShadowProgram
@@ -32,6 +33,7 @@ _KINDS: dict[str, Callable[[TensorFile], Program]] = {
     ProgramKind.FARSIGHT: FarsightProgram,
     ProgramKind.GATE: GateProgram,
     ProgramKind.ORACLE: OracleProgram,
+    ProgramKind.PLANTED: PlantedProgram,
 }
 
 

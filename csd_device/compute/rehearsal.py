@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from csd_device.compute import half_rows, low_bit_rows, window
+from csd_device.compute import half_rows, low_bit_rows, planted, window
 from csd_device.compute.attention import Attention, KeyValues
 from csd_protocol.low_bit import LEVEL_BITS, quantise_rows
 
@@ -25,6 +25,7 @@ def rehearse_kernels() -> None:
     half_rows.gated(made, made)
     attention = Attention(heads=1, kv_heads=1, head_dim=_SIDE, rope_theta=1e4, context=2)
     KeyValues(attention, 1).attend(0, 0, made, made, made)
+    planted.draw_scores(np.uint64(0), 0, 1, 0.5, ones, ones.copy())
     window.add_observed(np.zeros(_SIDE, np.uint32), ones[:1], ones)
 
 

@@ -139,6 +139,17 @@ class Copy:
     sources: tuple[BlockRange, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class DefinePatterns:
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WritePatterns:
+    slba: int
+    patterns: npt.NDArray[np.uint16]  # one a block
+
+
 # ---- compute and staging ---------------------------------------------------------------------
 
 
@@ -270,6 +281,8 @@ Command = (
     | Compare
     | DatasetManagement
     | Copy
+    | DefinePatterns
+    | WritePatterns
     | ExecuteProgram
     | PredictAndStage
     | Stage

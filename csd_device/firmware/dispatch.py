@@ -35,6 +35,8 @@ _NVM: dict[type, Handler] = {
     c.WriteZeroes: nvm.handle_write_zeroes,
     c.DatasetManagement: nvm.handle_dataset_management,
     c.Copy: nvm.handle_copy,
+    c.DefinePatterns: nvm.handle_define_patterns,
+    c.WritePatterns: nvm.handle_write_patterns,
 }
 _COMPUTE: dict[type, Handler] = {
     c.ExecuteProgram: compute.handle_execute_program,

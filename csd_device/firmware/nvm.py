@@ -14,10 +14,12 @@ from csd_device.firmware.commands import (
     Copy,
     Data,
     DatasetManagement,
+    DefinePatterns,
     Flush,
     Read,
     Verify,
     Write,
+    WritePatterns,
     WriteZeroes,
 )
 from csd_device.firmware.context import Context
@@ -28,6 +30,8 @@ from csd_protocol.units import format_size
 DATASET_RANGES_MAX = 256  # NVMe's own limit
 COPY_RANGES_MAX = 128
 COPY_BYTES_MAX = 64 << 20
+PATTERN_BLOCKS_MAX = COPY_BYTES_MAX // SECTOR_BYTES
+PATTERN_NUMBER_BYTES = 2
 _PIECE_BLOCKS = 256  # blocks that a command without data transfer moves at a time
 
 
@@ -121,6 +125,37 @@ def handle_copy(context: Context, command: Copy) -> None:
         for piece in _pieces(context, source):
             _write(context, at, _read(context, piece), fua=False)
             at += piece.blocks
+
+
+def handle_define_patterns(context: Context, command: DefinePatterns) -> Data:
+    """The number of each block; those that the drive does not know yet are added for good.
+
+    Raises CommandError: Invalid Field, Capacity Exceeded, Write Fault.
+    """
+    _blocks_of(context, command.data)
+    context.time.receive(len(command.data))
+    sectors = np.frombuffer(command.data, np.uint8).reshape(-1, SECTOR_BYTES)
+    return Data(context.controller.ftl.patterns.define(sectors).astype("<u2").tobytes())
+
+
+def handle_write_patterns(context: Context, command: WritePatterns) -> None:
+    """As Write with the bytes of these patterns, of which their numbers alone cross the link.
+
+    Raises CommandError: Invalid Field for a pattern that was not defined, and as Write.
+    """
+    blocks, ftl = command.patterns.size, context.controller.ftl
+    if blocks > PATTERN_BLOCKS_MAX:
+        raise CommandError(
+            Status.INVALID_FIELD, f"{blocks} patterns in one command; {PATTERN_BLOCKS_MAX} go"
+        )
+    _check_range(context, command.slba, blocks)
+    ftl.patterns.check(command.patterns)
+    context.time.receive(blocks * PATTERN_NUMBER_BYTES)
+    context.controller.counters.written_bytes += blocks * SECTOR_BYTES
+    for piece in _pieces(context, BlockRange(0, blocks)):
+        numbers = command.patterns[piece.slba : piece.slba + piece.blocks]
+        cells = ftl.patterns.sectors(numbers).reshape(-1)
+        _write(context, command.slba + piece.slba, cells, fua=False)
 
 
 def _read_for_host(context: Context, blocks: BlockRange) -> npt.NDArray[np.uint8]:

@@ -4,6 +4,8 @@ drive.csd/
     lock                flock of the daemon that has it open; its process id
     header.json         format version, geometry, capacity
     nand.img            the cells, sparse
+    patterns.img        sectors that are made and not stored (csd_device.nand.patterns)
+    patterns.map        where those are, sparse
     mapping.checkpoint  mapping and superblocks (csd_device.ftl.journal)
     mapping.journal     what changed since
 """

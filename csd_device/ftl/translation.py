@@ -40,7 +40,9 @@ from csd_device.ftl.programs import PagePrograms, Work
 from csd_device.ftl.recovery import Recovered, checkpoint_arrays, recover
 from csd_device.ftl.two_way_map import TwoWayMap
 from csd_device.gather import gather
+from csd_device.nand.direct_media import Begin, DirectMedia, at_once
 from csd_device.nand.media import FileMedia, Media, Pieces, Retries, direct_copy
+from csd_device.nand.patterns import PatternMedia, PatternTable
 from csd_device.nand.superblocks import Superblocks, SuperblockState
 from csd_protocol.crc32c import crc32c_units
 
@@ -101,14 +103,17 @@ class Ftl:
         config: DriveConfig,
         folder: MediaFolder,
         superblocks: Superblocks | None = None,
+        patterns: PatternTable | None = None,
     ) -> None:
         """Recovers the mapping from the folder. Takes over media and folder.
 
-        `superblocks`: those that the media were wrapped with, if any.
+        `superblocks`: those that the media were wrapped with, if any; `patterns`: what the media
+        need not store.
         """
         geometry = config.geometry
         assert media.size_bytes == geometry.raw_bytes
         self._media = media
+        self.patterns = patterns or PatternTable()
         self._geometry = geometry
         self._folder = folder
         self.capacity_sectors = config.capacity_sectors
@@ -136,21 +141,30 @@ class Ftl:
         self._saved_reads = self._superblocks.reads.copy()
 
     @classmethod
-    def open(cls, directory: Path, config: DriveConfig, wrap: Wrap | None = None) -> Self:
+    def open(
+        cls,
+        directory: Path,
+        config: DriveConfig,
+        wrap: Wrap | None = None,
+        begin: Begin = at_once,
+    ) -> Self:
         """The drive kept in this folder, made if it is not there. Raises DriveRefused.
 
         `wrap` puts decorators around the clean media; it is given the wear that they go by.
+        `begin` is who carries direct reads out.
         """
         with ExitStack() as undo:
             folder = MediaFolder.open(directory, config)
             undo.callback(folder.close)
-            media: Media = FileMedia(folder.nand_path, config.geometry.raw_bytes)
-            undo.callback(media.close)
+            stored = _open_media(folder.nand_path, config, begin)
+            undo.callback(stored.close)
+            cells = PatternMedia(stored, folder.path)
+            media: Media = cells
             superblocks = Superblocks(config.geometry.blocks_per_plane)
             if wrap:
                 media = wrap(media, superblocks)
             try:
-                ftl = cls(media, config, folder, superblocks=superblocks)
+                ftl = cls(media, config, folder, superblocks, cells.table)
             except OSError as error:
                 raise DriveRefused(f"media folder {directory}: {error}") from error
             undo.pop_all()
@@ -519,3 +533,11 @@ class Ftl:
         if start < 0 or end > self.capacity_sectors * SECTOR_BYTES:
             first = start // SECTOR_BYTES
             raise LbaOutOfRange(first, -(-end // SECTOR_BYTES) - first, self.capacity_sectors)
+
+
+def _open_media(path: Path, config: DriveConfig, begin: Begin) -> Media:
+    """The cells as the drive's file says that they are read. Raises DriveRefused."""
+    size_bytes = config.geometry.raw_bytes
+    if config.media.direct_io:
+        return DirectMedia(path, size_bytes, begin)
+    return FileMedia(path, size_bytes)

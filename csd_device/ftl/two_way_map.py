@@ -7,20 +7,19 @@ empty drive of any size takes none; what was touched is known by chunks of CHUNK
 nothing else is ever scanned.
 """
 
-import mmap
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from csd_device.lazy_memory import lazy_zeroes
+
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 
 CHUNK_SECTORS = 1 << 16
-_MAP_NORESERVE = 0x4000  # Linux; Python's mmap has no name for it
 RUN_MARK = 0xFFFFFFFF  # no LPN: see `csd_device.ftl.journal`
 
 
@@ -144,8 +143,8 @@ class TwoWayMap:
 
     def __init__(self, logical: int, physical: int, superblock_sectors: int, valid: I64) -> None:
         """Nothing is mapped. `logical`, `physical`: sectors."""
-        self.table: U32 = _zeroes(logical)
-        self.reverse: U32 = _zeroes(physical)
+        self.table: U32 = lazy_zeroes(logical, np.uint32)
+        self.reverse: U32 = lazy_zeroes(physical, np.uint32)
         self._size = superblock_sectors
         self._valid = valid
         self._touched = np.zeros(-(-logical // CHUNK_SECTORS), np.bool_)
@@ -202,12 +201,3 @@ class TwoWayMap:
             part = self.reverse[superblock * self._size : (superblock + 1) * self._size]
             if self._valid[superblock]:
                 assert np.count_nonzero(part) == self._valid[superblock], superblock
-
-
-def _zeroes(count: int) -> U32:
-    """Anonymous memory that is taken a small page at a time, when it is written."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    memory = mmap.mmap(-1, max(count, 1) * 4, flags)
-    with suppress(OSError):  # a kernel without huge pages does not know the advice
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.uint32, count)

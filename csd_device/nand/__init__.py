@@ -6,12 +6,13 @@
         .erase_blocks(arrival_ns, ppns) -> done_ns int64[n]     any page of each block
         .idle_ns() -> int               when all that was asked for so far is done
     Media                               protocol: write, gather, erase, sync, close
-    FileMedia(path, size_bytes), RamMedia(size_bytes)
+    FileMedia(path, size_bytes), DirectMedia(path, size_bytes, begin), RamMedia(size_bytes)
 
 Times are the drive clock's; nothing here waits or reads it.
 """
 
+from csd_device.nand.direct_media import DirectMedia
 from csd_device.nand.media import FileMedia, Media, Pieces, RamMedia
 from csd_device.nand.timeline import Timeline
 
-__all__ = ["FileMedia", "Media", "Pieces", "RamMedia", "Timeline"]
+__all__ = ["DirectMedia", "FileMedia", "Media", "Pieces", "RamMedia", "Timeline"]

@@ -14,6 +14,7 @@ from csd_device.drive import Drive
 from csd_device.errors import DriveRefused
 from csd_device.service import daemon
 from csd_device.service import health as health_check
+from csd_device.service.read_threads import in_threads
 from csd_device.service.rehearsal import rehearse
 from csd_device.service.workload_command import workload
 from csd_protocol.address import Address, TcpAddress, parse_address
@@ -135,7 +136,9 @@ def _run(
     said: Console,
 ) -> None:
     clock: Clock = VirtualClock() if time is TimeMode.VIRTUAL else WallClock()
-    opened = Drive.open(config, media, clock=clock, time_mode=time, window_path=window)
+    opened = Drive.open(
+        config, media, clock=clock, time_mode=time, window_path=window, begin=in_threads()
+    )
     try:
         rehearse()
 

@@ -61,6 +61,14 @@ def _words(name: str, data: bytes) -> npt.NDArray[np.uint32]:
     return np.frombuffer(data, np.dtype("<u4"))
 
 
+def _half_words(name: str, data: bytes) -> npt.NDArray[np.uint16]:
+    if len(data) % 2:
+        raise CommandError(
+            Status.INVALID_FIELD, f"{name}: {len(data)} bytes are no whole number of 16-bit words"
+        )
+    return np.frombuffer(data, np.dtype("<u2"))
+
+
 def _hidden(data: bytes, rows: int) -> npt.NDArray[np.float32]:
     """[rows, hidden]; no rows is one row."""
     values = _words("hidden", data).view(np.dtype("<f4"))
@@ -214,6 +222,14 @@ _READERS: dict[tuple[int, int], tuple[str, Reader]] = {
     (_NVM, NvmOpcode.COPY): (
         "copy",
         lambda body: fw.Copy(body.dst_slba, _block_ranges(body.sources)),
+    ),
+    (_NVM, NvmOpcode.DEFINE_PATTERNS): (
+        "define_patterns",
+        lambda body: fw.DefinePatterns(body.data),
+    ),
+    (_NVM, NvmOpcode.WRITE_PATTERNS): (
+        "write_patterns",
+        lambda body: fw.WritePatterns(body.slba, _half_words("patterns", body.patterns)),
     ),
     (_COMPUTE, ComputeOpcode.EXECUTE_PROGRAM): ("execute_program", _execute_program),
     (_COMPUTE, ComputeOpcode.PREDICT_AND_STAGE): ("predict_and_stage", _predict_and_stage),

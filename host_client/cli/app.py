@@ -14,10 +14,11 @@ import typer
 from rich.markup import escape
 
 from host_client.cli.console import EXIT_DAMAGED, err
-from host_client.cli.on_demand import Entry, OnDemandGroup
+from host_client.cli.on_demand import Entry, Launcher, OnDemandGroup
 from host_client.driver import DriveError
 from host_client.io import ReaderError
 from host_client.model.errors import ModelError
+from host_client.runtime.cgroup import VARIABLE
 from host_client.runtime.checksums import UnitCorrupt
 from host_client.runtime.copies import UnitsLost
 from host_client.runtime.refusals import RequestRefused
@@ -25,6 +26,7 @@ from host_client.runtime.refusals import RequestRefused
 EXIT_DONE, EXIT_FILE, EXIT_MODEL, EXIT_DRIVE, EXIT_REQUEST, EXIT_INTERRUPTED = 0, 1, 3, 4, 5, 130
 
 _CLI = "host_client.cli"
+_GENERATE = "Generate text, the weights staged by the drive as they are needed."
 
 
 class Commands(OnDemandGroup):
@@ -44,7 +46,8 @@ class Commands(OnDemandGroup):
         "generate": Entry(
             f"{_CLI}.model_commands",
             "generate",
-            "Generate text, the weights staged by the drive as they are needed.",
+            _GENERATE,
+            Launcher("--enforce", VARIABLE, Entry(f"{_CLI}.enforced", "app", _GENERATE)),
         ),
         "verify": Entry(
             f"{_CLI}.catalog_commands",
@@ -72,7 +75,12 @@ class Commands(OnDemandGroup):
         "calibrate": Entry(
             f"{_CLI}.calibrate_commands",
             "calibrate",
-            "Count how often each neuron is wanted on this text, and keep the counts on the drive.",
+            "Measure on text how often each neuron is wanted and what leaving some out costs.",
+        ),
+        "place": Entry(
+            f"{_CLI}.calibrate_commands",
+            "place",
+            "Lay neurons that are wanted together side by side; needs `csd calibrate`.",
         ),
         "predictor": Entry(
             f"{_CLI}.predictor_commands",

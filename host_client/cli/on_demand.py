@@ -5,6 +5,7 @@ command is and what `csd --help` says of it, and nothing is imported for those t
 for. Click's own types are Any here: some releases of Typer use click, some a copy of it.
 """
 
+import os
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
@@ -21,6 +22,14 @@ class Entry:
     module: str
     attribute: str
     help: str  # the first line of its docstring
+    launcher: "Launcher | None" = None
+
+    def chosen(self, args: list[str]) -> "Entry":
+        """What carries out the command with these arguments."""
+        launcher = self.launcher
+        if launcher and launcher.option in args and launcher.variable not in os.environ:
+            return launcher.entry
+        return self
 
     def load(self, name: str) -> Any:
         found: Any = getattr(import_module(self.module), self.attribute)
@@ -31,6 +40,15 @@ class Entry:
         command = get_command(found)
         command.name = name
         return command
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """What, given this option, starts the command anew with this variable in its environment."""
+
+    option: str
+    variable: str
+    entry: Entry
 
 
 class OnDemandGroup(TyperGroup):
@@ -50,5 +68,5 @@ class OnDemandGroup(TyperGroup):
         """The command itself, imported now."""
         name, command, rest = super().resolve_command(ctx, args)
         if name in self.table:
-            command = self.table[name].load(name)
+            command = self.table[name].chosen(rest).load(name)
         return name, command, rest

@@ -6,13 +6,38 @@ from typing import Annotated
 import typer
 
 from csd_protocol.packed import Bits
+from csd_protocol.program_file import SEED_MAX
 from host_client.cli.console import TimeMode
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A Hugging Face folder (safetensors), a .gguf file, or smollm2-135m.",
+_MODEL = typer.Argument(
+    metavar="MODEL", help="A Hugging Face folder (safetensors), a .gguf file, or smollm2-135m."
+)
+Model = Annotated[str, _MODEL]
+OptionalModel = Annotated[str | None, _MODEL]
+Synthetic = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHAPE",
+        help="In place of MODEL, one of this shape whose weights the drive makes of a seed: "
+        "llama3-8b, chatglm3-6b, qwen-7b, qwen2-7b, mixtral-8x7b, or a config.json.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of a synthetic model.", min=0, max=SEED_MAX)]
+Active = Annotated[
+    float | None,
+    typer.Option(
+        help="Of a synthetic model, the share of FFN neurons that are active at a token: plants "
+        "frequencies and a predictor that draws them, for --quality 0.1 and the like.",
+        min=1e-6,
+        max=1.0,
+    ),
+]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="In place of a prompt, so many random tokens: for a synthetic model, which has no "
+        "tokenizer. MODEL is its name on the drive.",
+        min=1,
     ),
 ]
 DriveAddress = Annotated[
@@ -46,7 +71,7 @@ QualityText = Annotated[
     typer.Option(
         "--quality",
         help="exact, or the fraction of FFN neurons that is kept: 0.5, or 0.1+correct with the "
-        "drive's low-bit contribution for the others.",
+        "drive's low-bit contribution for the others; +uniform: the same share in each layer.",
     ),
 ]
 PredictorKind = Annotated[
@@ -55,7 +80,35 @@ PredictorKind = Annotated[
         "--predictor",
         metavar="KIND",
         help="Which kind of program on the drive chooses what is kept. Default: the best that is "
-        "there, rollout, then shadow, then frequency.",
+        "there: rollout, shadow, farsight, svd, mlp, lowrank, frequency, window.",
+    ),
+]
+LookaheadText = Annotated[
+    str,
+    typer.Option(
+        "--lookahead",
+        metavar="LAYERS",
+        help="Layers ahead that the predictor is asked for; auto: as many as the times of the "
+        "first tokens ask for.",
+    ),
+]
+FarKind = Annotated[
+    str,
+    typer.Option(
+        "--far",
+        metavar="KIND[@LAYERS]",
+        help="Which kind of program brings neurons of later layers from NAND into the drive's own "
+        "DRAM, and how far ahead (learned unless given). It changes speed, never the output. none: "
+        "nobody does. Default: the best that is there, where the drive's unit cache is too small "
+        "for what is staged.",
+    ),
+]
+Enforce = Annotated[
+    bool,
+    typer.Option(
+        "--enforce",
+        help="Have the kernel limit the process to the budget and a stated allowance for "
+        "interpreter and libraries, in a control group, and say what the kernel measured.",
     ),
 ]
 

@@ -14,6 +14,7 @@ from host_client.runtime.token_time import TokenTime
 
 if TYPE_CHECKING:
     from host_client.runtime.generate import GenerationReport
+    from host_client.runtime.memory_limit import EnforcedReport
     from host_client.runtime.plain_reads import Damage
 
 
@@ -203,6 +204,7 @@ def generation_table(report: "GenerationReport", plan: Plan) -> Table:
             ),
         ),
         ("predicted", _predicted(report)),
+        *([("far level", _far(report))] if report.predictor is not None else []),
         (
             "drive",
             f"{drive.nand_page_reads:,} NAND pages; {drive.units_from_dram:,} units from its DRAM",
@@ -219,11 +221,23 @@ def generation_table(report: "GenerationReport", plan: Plan) -> Table:
     if report.predictor is not None:
         at = [name for name, _ in rows].index("predicted") + 1
         rows.insert(at, ("corrected", _corrected(report)))
+    if report.enforced:
+        at = [name for name, _ in rows].index("process, peak") + 1
+        rows.insert(at, ("process, limited", _enforced(report.enforced)))
     if report.recovered_units:
         rows.append(("recovered", _recovered(report)))
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _enforced(enforced: "EnforcedReport") -> str:
+    return (
+        f"{format_size(enforced.peak_bytes)} at most, as the kernel measured, of "
+        f"{format_size(enforced.limit_bytes)}: the budget and "
+        f"{format_size(enforced.allowance_bytes)} "
+        f"for interpreter and libraries ({format_size(enforced.start_bytes)} before any weights)"
+    )
 
 
 def _recovered(report: "GenerationReport") -> str:
@@ -263,6 +277,18 @@ def _ahead(report: "GenerationReport") -> str:
     if not report.lookahead:
         return "asked with what enters the layer"
     return f"asked {report.lookahead} layer{'s' if report.lookahead > 1 else ''} ahead"
+
+
+def _far(report: "GenerationReport") -> str:
+    waited = f"NAND waited for: {format_ns(round(report.nand_wait_ns_per_token))} a token"
+    if report.far_predictor is None:
+        why = f": {report.far_refused}" if report.far_refused else ""
+        return f"none{why}. {waited}"
+    return (
+        f"{report.far_units:,} units brought into the drive's DRAM by its {report.far_predictor} "
+        f"program, at least {report.far_lookahead} layers ahead; {report.far_units_used:,} of "
+        f"them were staged from there. {waited}"
+    )
 
 
 def _corrected(report: "GenerationReport") -> str:

@@ -21,6 +21,7 @@ from host_client.driver import entries
 from host_client.driver.commands import (
     F32,
     NOTHING_TOLD,
+    U16,
     U32,
     AsyncEvent,
     Residency,
@@ -39,6 +40,7 @@ _LOG = logging.getLogger(__name__)
 _PROGRAM_CHUNK_BYTES = 1 << 20
 _TRANSFERS_IN_FLIGHT = 4
 _COPY_BYTES = 4 << 20  # of one Copy, so that a drive is not held up by it
+_PATTERN_BLOCKS = 4096  # of one Write Patterns, for the same reason
 _ALIVE_TIMEOUT_S = 1.0
 _LOG_PIECE_BYTES = 1 << 20
 TRACE_SPANS = 200_000  # that a trace keeps unless told otherwise
@@ -257,6 +259,30 @@ class Drive:
         for _ in self._pipelined(commands, entries.nothing):
             pass
 
+    def define_patterns(self, data: bytes) -> U16:
+        """Whole blocks that the drive shall know from here on; the number of each [blocks].
+
+        Those that it knows already keep their number.
+        """
+        self._check_aligned(0, len(data))
+        step = self.transfer_bytes_max
+        commands = (
+            entries.define_patterns(data[start : start + step])
+            for start in range(0, len(data), step)
+        )
+        return np.concatenate(list(self._pipelined(commands, entries.numbers_of)))
+
+    def write_patterns(self, offset_bytes: int, numbers: U16) -> None:
+        """One block a pattern from there on: they read as if their bytes had been written."""
+        self._check_aligned(offset_bytes, 0)
+        slba, step = offset_bytes // self.block_bytes, _PATTERN_BLOCKS
+        commands = (
+            entries.write_patterns(slba + start, numbers[start : start + step])
+            for start in range(0, numbers.size, step)
+        )
+        for _ in self._pipelined(commands, entries.nothing):
+            pass
+
     def flush(self) -> None:
         """What was written before is durable when this returns."""
         self._queue.submit(entries.flush(), entries.nothing).result()
@@ -462,6 +488,11 @@ class Drive:
 
 
 def embedded_media_path(drive: str) -> Path:
-    """Where an embedded drive of this kind keeps its media: the user's cache folder."""
+    """Where an embedded drive of this kind keeps its media."""
+    return cache_folder() / f"{drive}.csd"
+
+
+def cache_folder() -> Path:
+    """What is ours of the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "csd" / f"{drive}.csd"
+    return Path(cache) / "csd"

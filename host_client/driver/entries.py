@@ -14,6 +14,7 @@ from csd_protocol.opcodes import AdminOpcode, ComputeOpcode, Feature, NvmOpcode
 from host_client.driver.commands import (
     F32,
     NOTHING_TOLD,
+    U16,
     U32,
     AsyncEvent,
     LostUnits,
@@ -159,6 +160,18 @@ def copy(from_slba: int, to_slba: int, blocks: int) -> Command:
     body = pb.Copy(dst_slba=to_slba, sources=[source])
     what = f"Copy of {blocks} blocks from block {from_slba} to {to_slba}"
     return _nvm(what, NvmOpcode.COPY, copy=body)
+
+
+def define_patterns(data: bytes) -> Command:
+    body = pb.DefinePatterns(data=data)
+    what = f"Define Patterns of {len(data)} bytes"
+    return _nvm(what, NvmOpcode.DEFINE_PATTERNS, define_patterns=body)
+
+
+def write_patterns(slba: int, numbers: U16) -> Command:
+    body = pb.WritePatterns(slba=slba, patterns=numbers.astype("<u2").tobytes())
+    what = f"Write Patterns of {numbers.size} blocks at block {slba}"
+    return _nvm(what, NvmOpcode.WRITE_PATTERNS, write_patterns=body)
 
 
 # ---- compute and staging ---------------------------------------------------------------------
@@ -320,6 +333,11 @@ def nothing(_: pb.CompletionEntry) -> None:
 
 def data_of(completion: pb.CompletionEntry) -> bytes:
     return completion.data
+
+
+def numbers_of(completion: pb.CompletionEntry) -> U16:
+    """The numbers of patterns [blocks]."""
+    return np.frombuffer(completion.data, np.dtype("<u2"))
 
 
 def json_of(completion: pb.CompletionEntry) -> Any:

@@ -2,6 +2,9 @@
 
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 
 class BlockStorage(Protocol):
     """Bytes by offset. Offsets and lengths given are multiples of `block_bytes`.
@@ -21,6 +24,14 @@ class BlockStorage(Protocol):
 
     def copy(self, from_bytes: int, to_bytes: int, length_bytes: int, /) -> None:
         """Inside the drive: nothing crosses the link. The two runs do not overlap."""
+        ...
+
+    def define_patterns(self, data: bytes, /) -> npt.NDArray[np.uint16]:
+        """Numbers for these whole blocks, one each, for `write_patterns`."""
+        ...
+
+    def write_patterns(self, offset_bytes: int, numbers: npt.NDArray[np.uint16], /) -> None:
+        """As `write` with the blocks of these numbers: the drive makes them, and stores none."""
         ...
 
     def flush(self) -> None: ...

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from csd_protocol.packed import Site
 from host_client.runtime import kernels
 from host_client.runtime.engine import Engine
+from host_client.runtime.observed import down_norms
 from host_client.runtime.prefetch import Block
 from host_client.runtime.row_arithmetic import Encoding
 
@@ -77,12 +78,3 @@ def _scores(x: F32, values: U16, encoding: Encoding) -> F32:
         kernels.neurons(x, values, None, ignored, encoding, activity)
     scores: F32 = activity[0] * down_norms(values, x.shape[1], encoding)
     return scores
-
-
-def down_norms(units: U16, hidden: int, encoding: Encoding) -> F32:
-    """L2 norm of each neuron's down column. units uint16 [n, words] -> float32 [n]."""
-    down = np.empty((units.shape[0], hidden), np.float32)
-    rows = units.reshape(3 * units.shape[0], units.shape[1] // 3)
-    kernels.widen_rows(rows, np.arange(2, rows.shape[0], 3), down, encoding)
-    norms: F32 = np.linalg.norm(down, axis=1)
-    return norms

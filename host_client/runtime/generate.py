@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from host_client.runtime.causal_lm import runtime_of
+from host_client.runtime.memory_limit import EnforcedReport
 from host_client.runtime.tally import Tally
 from host_client.runtime.timeline import COMPUTE, HostTimeline
 
@@ -61,8 +62,16 @@ class GenerationReport(BaseModel):
     recall: float | None
     expert_recall: float | None
     covered: float | None
+    far_predictor: str | None  # brings units of later layers into the drive's DRAM
+    far_lookahead: int | None  # what it is in the end, where it was learned
+    far_refused: str | None  # why there is no far level, where one could be
+    far_units: int  # brought from NAND
+    far_units_used: int  # of those, found there by what was staged later
+    window_ns_per_token: float  # in decode, what commands to the window took; modelled
+    nand_wait_ns_per_token: float  # of that, waiting for NAND
     reader: str
     drive: DriveReport
+    enforced: EnforcedReport | None = None  # with a limit that the kernel kept
 
 
 class TokenClock(BaseStreamer):
@@ -104,9 +113,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> to
     return ids
 
 
+def random_ids(vocabulary: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """A prompt for models without a tokenizer: int64 [1, tokens], the same for the same seed."""
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (1, tokens), generator=dice)
+
+
 def generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     ids: torch.Tensor,
     max_new_tokens: int,
     now_ns: Callable[[], int],
@@ -115,10 +130,11 @@ def generate(
 ) -> GenerationReport:
     """Generate greedily from `ids` int64 [1, tokens] and say what it took.
 
-    `timeline` is given the host's waits, reads, commands and tokens.
+    Without a tokenizer there is no text, and no token ends it early. `timeline` is given the
+    host's waits, reads, commands and tokens.
     """
     runtime = runtime_of(model)
-    before = runtime.tally.snapshot()
+    before, used_before = runtime.tally.snapshot(), runtime.brought_units_used()
     marks: list[Tally] = []
     clock = TokenClock(streamer, now_ns, lambda: marks.append(runtime.tally.snapshot()))
     runtime.engine.record(timeline)
@@ -130,7 +146,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=clock,
-            pad_token_id=tokenizer.eos_token_id,
+            **_ending(tokenizer, max_new_tokens),
         )
     if timeline is not None:
         _note_tokens(timeline, started_ns, clock.times_ns)
@@ -148,7 +164,7 @@ def generate(
         kept_heads=runtime.engine.quality.heads,
         heads_predictor=runtime.heads_predictor,
         corrections=whole.corrections,
-        text=str(tokenizer.decode(new_ids, skip_special_tokens=True)),
+        text=str(tokenizer.decode(new_ids, skip_special_tokens=True)) if tokenizer else "",
         token_ids=new_ids,
         prompt_tokens=ids.shape[1],
         tokens_per_s=decoded / decode_s if decode_s else 0.0,
@@ -166,9 +182,23 @@ def generate(
         recall=whole.recall,
         expert_recall=whole.expert_recall,
         covered=whole.covered,
+        far_predictor=runtime.far.kind if runtime.far is not None else None,
+        far_lookahead=runtime.far_lookahead,
+        far_refused=runtime.no_far,
+        far_units=whole.brought_units,
+        far_units_used=runtime.brought_units_used() - used_before,
+        window_ns_per_token=decode.window_ns / decoded,
+        nand_wait_ns_per_token=decode.nand_wait_ns / decoded,
         reader=runtime.reader.name,
         drive=_drive_report(whole),
     )
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase | None, max_new_tokens: int) -> dict[str, Any]:
+    """What transformers' `generate` is told of the end of a text."""
+    if tokenizer is None:
+        return {"min_new_tokens": max_new_tokens, "pad_token_id": 0}
+    return {"pad_token_id": tokenizer.eos_token_id}
 
 
 def _note_tokens(timeline: HostTimeline, started_ns: int, times_ns: list[int]) -> None:

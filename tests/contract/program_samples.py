@@ -25,6 +25,7 @@ from csd_protocol.program_file import (
     encode_lowrank,
     encode_mlp,
     encode_oracle,
+    encode_planted,
     encode_rollout,
     encode_shadow,
     encode_svd,
@@ -32,6 +33,7 @@ from csd_protocol.program_file import (
 )
 
 MODEL = "m"
+SEED, OVERLAP = 11, 0.4
 LAYERS, HIDDEN, UNITS, GROUP, RANK, RMS_EPS = 3, 32, 48, 16, 6, 1e-5
 WIDTH, INNER, BLOCKS = 16, 24, 2
 SHAPE = AttentionShape(heads=4, kv_heads=2, head_dim=8, rope_theta=1e4, context=6)
@@ -172,6 +174,12 @@ def farsight_file(model: str = MODEL) -> bytes:
     return encode_farsight(model, farsight_body(), heads, SIGHT_SHAPE, rms_eps=RMS_EPS)
 
 
+def planted_file(model: str = MODEL) -> bytes:
+    return encode_planted(
+        model, each(counts), seed=SEED, overlap=OVERLAP, width=HIDDEN, rank=RANK
+    )  # fmt: skip
+
+
 def each(make):
     return {layer: make(layer) for layer in range(LAYERS)}
 
@@ -197,6 +205,7 @@ SAMPLES: dict[str, Sample] = {
     "rollout": Sample(lambda model: rollout_file(4, model)),
     "farsight": Sample(farsight_file),
     "gate": Sample(lambda model: encode_gate(model, each(gate_layer), rms_eps=RMS_EPS)),
+    "planted": Sample(planted_file),
     "oracle": Sample(
         lambda model: encode_oracle(model, {n: positive(n, UNITS) for n in range(LAYERS)}),
         width=UNITS,
@@ -367,7 +376,35 @@ def gate_scores(layer: int, hidden: np.ndarray) -> np.ndarray:
     return scores.max(axis=0)
 
 
+def fraction(key: int, unit: int, token: int, what: int) -> float:
+    """SplitMix64's finaliser twice, in whole numbers."""
+    step, most = 0x9E3779B97F4A7C15, (1 << 64) - 1
+    mixed = key ^ (unit * 0xD1B54A32D192ED03 & most) ^ (token * step & most)
+    for salt in (what, step):
+        mixed = mixed + salt * step & most
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & most
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & most
+        mixed ^= mixed >> 31
+    return ((mixed >> 11) + 0.5) / 2**53
+
+
+def planted_noise(layer: int, unit: int, token: int) -> float:
+    key = (SEED << 20) + layer
+    while token > 0 and fraction(key, unit, token, 1) < OVERLAP:
+        token -= 1
+    return float(-np.log(-np.log(fraction(key, unit, token, 2))))
+
+
+def planted_scores(layer: int, hidden: np.ndarray) -> np.ndarray:
+    noise = [
+        max(planted_noise(layer, unit, token) for token in range(len(hidden)))
+        for unit in range(UNITS)
+    ]
+    return np.log(counts(layer)) + noise
+
+
 REFERENCES: dict[str, Reference] = {
+    "planted": planted_scores,
     "frequency": lambda layer, hidden: counts(layer),
     "window": lambda layer, hidden: counts(layer),
     "lowrank": lambda layer, hidden: two_layer_scores(layer, hidden, relu=False),

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from csd_device.config import load_config
-from csd_device.errors import DriveRefused, WriteFault
+from csd_device.errors import DriveRefused, UnrecoveredRead, WriteFault
 from csd_device.fault_config import FaultsConfig
-from csd_device.nand import FileMedia, Media, Pieces, RamMedia
+from csd_device.nand import DirectMedia, FileMedia, Media, Pieces, RamMedia
+from csd_device.nand.direct_media import Begin, at_once
 from csd_device.nand.faults import NO_SECTORS, FaultCounters, Surroundings, faulty
 from csd_device.nand.faults.power_loss import PowerLoss, PowerSupply
 from csd_device.nand.media import U8
 from csd_device.nand.passing import PassingMedia
+from csd_device.nand.patterns import PatternMedia
 from csd_device.nand.superblocks import Superblocks
+from csd_device.service.read_threads import in_threads
 
 SIZE = 1 << 20
 
@@ -33,9 +36,32 @@ def behind(faults: dict[str, Any]) -> Callable[[Path], Media]:
     return make
 
 
+def with_patterns(folder: Path) -> Media:
+    """Media that know some of what the tests write: zeroes, sevens, counting."""
+    media = PatternMedia(FileMedia(folder / "nand.img", SIZE), folder)
+    counting = np.arange(4096, dtype=np.uint32).astype(np.uint8)
+    media.table.define(np.stack([counting, np.zeros_like(counting), np.full_like(counting, 7)]))
+    return media
+
+
+def direct(folder: Path, begin: Begin) -> Media:
+    """Skips where the folder's filesystem has no direct I/O."""
+    try:
+        return DirectMedia(folder / "nand.img", SIZE, begin)
+    except DriveRefused as error:
+        pytest.skip(str(error))
+
+
 MAKERS: dict[str, Callable[[Path], Media]] = {
     "ram": lambda folder: RamMedia(SIZE),
     "file": lambda folder: FileMedia(folder / "nand.img", SIZE),
+    "patterns": with_patterns,
+    "no patterns": lambda folder: PatternMedia(RamMedia(SIZE), folder),
+    "on a power supply, patterns": lambda folder: PowerLoss(
+        with_patterns(folder), PowerSupply(np.random.default_rng(0))
+    ),
+    "direct": lambda folder: direct(folder, at_once),
+    "direct, other threads": lambda folder: direct(folder, in_threads()),
     "decorated": lambda folder: PassingMedia(RamMedia(SIZE)),
     "no bit errors": behind({"bit_errors": {"rate": 0.0}}),
     "bit errors": behind({"bit_errors": {"rate": 7e-3}}),
@@ -157,4 +183,15 @@ def test_the_map_is_let_go_when_it_holds_too_much(
     media.write(0, np.full(SIZE, 3, np.uint8))
     for _ in range(3):
         assert (_read(media, 0, SIZE) == 3).all()
+    media.close()
+
+
+def test_direct_reads_that_end_early_name_their_sectors(tmp_path: Path) -> None:
+    media = direct(tmp_path, in_threads())
+    os.truncate(tmp_path / "nand.img", SIZE // 2)
+    with pytest.raises(UnrecoveredRead, match=r"nand\.img cannot be read") as caught:
+        _read(media, 0, SIZE)
+    assert caught.value.psas is not None
+    assert SIZE // 2 // 4096 in caught.value.psas
+    assert not _read(media, 0, SIZE // 2).any()
     media.close()

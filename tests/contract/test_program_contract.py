@@ -467,7 +467,8 @@ def test_each_tensor_is_checked(kind: str) -> None:
 
 def whole_layer(kind: str, name: str) -> bool:
     """Whether a file without this tensor is a file without this layer."""
-    alone = {"frequency": "counts", "window": "counts", "oracle": "down_norm", "farsight": "head"}
+    alone = dict.fromkeys(("frequency", "window", "planted"), "counts")
+    alone |= {"oracle": "down_norm", "farsight": "head"}
     return name.rpartition(".")[0] == alone.get(kind) or (kind[:6] == "shadow" and "down." in name)
 
 

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 from bad_blocks import BadBlocks
+from pattern_world import PatternWorld
 from simulated_drive import SimulatedController, SimulatedFtl
 from simulation import Simulation
 from world import World, any_drive, small_drive
@@ -29,6 +30,17 @@ def test_a_seeded_run_holds(make: type) -> None:
     with World(rng, make) as world:
         Simulation(world, rng).run(STEPS)
         assert world.power_losses > STEPS // 200
+        assert not world.refusals
+
+
+@pytest.mark.parametrize("make", [SimulatedFtl, SimulatedController])
+def test_a_run_with_sectors_that_are_made_holds(make: type) -> None:
+    rng = np.random.default_rng(SEED)
+    blocks = BadBlocks(small_drive().geometry, rng, rate=0.01, limit=1)
+    with PatternWorld(rng, make, faults=blocks.around) as world:
+        Simulation(world, rng).run(STEPS // 2)
+        assert world.power_losses
+        assert world.subject.ftl.counters().sectors_moved
         assert not world.refusals
 
 

@@ -19,7 +19,7 @@ def _changed(tmp_path: Path, old: str, new: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["cloud-4x-gen5", "edge-gen5", "end-gen4", "reference", "tiny"])
+@pytest.mark.parametrize("name", preset_names())
 def test_preset_loads(name: str) -> None:
     config = load_config(name)
     assert config.name == name

@@ -49,6 +49,10 @@ CASES = [
     (entries.flush().entry, fw.Flush()),
     (entries.write(5, b"data", True).entry, fw.Write(5, b"data", True)),
     (entries.read(5, 2).entry, fw.Read(fw.BlockRange(5, 2))),
+    (
+        nvm(NvmOpcode.DEFINE_PATTERNS, define_patterns=pb.DefinePatterns(data=b"abc")),
+        fw.DefinePatterns(b"abc"),
+    ),
     (nvm(NvmOpcode.WRITE_ZEROES, blocks=BLOCKS), fw.WriteZeroes(fw.BlockRange(5, 2))),
     (nvm(NvmOpcode.VERIFY, blocks=BLOCKS), fw.Verify(fw.BlockRange(5, 2))),
     (nvm(NvmOpcode.COMPARE, compare=pb.Compare(slba=5, data=b"x")), fw.Compare(5, b"x")),

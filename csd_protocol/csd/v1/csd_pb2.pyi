@@ -96,6 +96,8 @@ class _NvmOpcodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NvmOpcode.V
     NVM_OPCODE_DATASET_MANAGEMENT: _NvmOpcode.ValueType  # 9
     NVM_OPCODE_VERIFY: _NvmOpcode.ValueType  # 12
     NVM_OPCODE_COPY: _NvmOpcode.ValueType  # 25
+    NVM_OPCODE_DEFINE_PATTERNS: _NvmOpcode.ValueType  # 192
+    NVM_OPCODE_WRITE_PATTERNS: _NvmOpcode.ValueType  # 193
 
 class NvmOpcode(_NvmOpcode, metaclass=_NvmOpcodeEnumTypeWrapper): ...
 
@@ -107,6 +109,8 @@ NVM_OPCODE_WRITE_ZEROES: NvmOpcode.ValueType  # 8
 NVM_OPCODE_DATASET_MANAGEMENT: NvmOpcode.ValueType  # 9
 NVM_OPCODE_VERIFY: NvmOpcode.ValueType  # 12
 NVM_OPCODE_COPY: NvmOpcode.ValueType  # 25
+NVM_OPCODE_DEFINE_PATTERNS: NvmOpcode.ValueType  # 192
+NVM_OPCODE_WRITE_PATTERNS: NvmOpcode.ValueType  # 193
 Global___NvmOpcode: _TypeAlias = NvmOpcode  # noqa: Y015
 
 class _ComputeOpcode:
@@ -157,6 +161,8 @@ class SubmissionEntry(_message.Message):
     COMPARE_FIELD_NUMBER: _builtins.int
     DATASET_MANAGEMENT_FIELD_NUMBER: _builtins.int
     COPY_FIELD_NUMBER: _builtins.int
+    DEFINE_PATTERNS_FIELD_NUMBER: _builtins.int
+    WRITE_PATTERNS_FIELD_NUMBER: _builtins.int
     EXECUTE_PROGRAM_FIELD_NUMBER: _builtins.int
     PREDICT_AND_STAGE_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
@@ -206,6 +212,10 @@ class SubmissionEntry(_message.Message):
     @_builtins.property
     def copy(self) -> Global___Copy: ...
     @_builtins.property
+    def define_patterns(self) -> Global___DefinePatterns: ...
+    @_builtins.property
+    def write_patterns(self) -> Global___WritePatterns: ...
+    @_builtins.property
     def execute_program(self) -> Global___ExecuteProgram: ...
     @_builtins.property
     def predict_and_stage(self) -> Global___PredictAndStage: ...
@@ -239,17 +249,19 @@ class SubmissionEntry(_message.Message):
         compare: Global___Compare | None = ...,
         dataset_management: Global___DatasetManagement | None = ...,
         copy: Global___Copy | None = ...,
+        define_patterns: Global___DefinePatterns | None = ...,
+        write_patterns: Global___WritePatterns | None = ...,
         execute_program: Global___ExecuteProgram | None = ...,
         predict_and_stage: Global___PredictAndStage | None = ...,
         stage: Global___Stage | None = ...,
         release: Global___Release | None = ...,
         host_residency: Global___HostResidency | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "async_event", b"async_event", "blocks", b"blocks", "body", b"body", "compare", b"compare", "connect", b"connect", "copy", b"copy", "dataset_management", b"dataset_management", "execute_program", b"execute_program", "features", b"features", "flush", b"flush", "format", b"format", "get_log_page", b"get_log_page", "host_residency", b"host_residency", "identify", b"identify", "keep_alive", b"keep_alive", "load_program", b"load_program", "memory_range_set", b"memory_range_set", "predict_and_stage", b"predict_and_stage", "program_activation", b"program_activation", "release", b"release", "stage", b"stage", "write", b"write"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "async_event", b"async_event", "blocks", b"blocks", "body", b"body", "compare", b"compare", "connect", b"connect", "copy", b"copy", "dataset_management", b"dataset_management", "define_patterns", b"define_patterns", "execute_program", b"execute_program", "features", b"features", "flush", b"flush", "format", b"format", "get_log_page", b"get_log_page", "host_residency", b"host_residency", "identify", b"identify", "keep_alive", b"keep_alive", "load_program", b"load_program", "memory_range_set", b"memory_range_set", "predict_and_stage", b"predict_and_stage", "program_activation", b"program_activation", "release", b"release", "stage", b"stage", "write", b"write", "write_patterns", b"write_patterns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "async_event", b"async_event", "blocks", b"blocks", "body", b"body", "cid", b"cid", "compare", b"compare", "connect", b"connect", "copy", b"copy", "dataset_management", b"dataset_management", "execute_program", b"execute_program", "features", b"features", "flush", b"flush", "format", b"format", "get_log_page", b"get_log_page", "host_residency", b"host_residency", "identify", b"identify", "keep_alive", b"keep_alive", "load_program", b"load_program", "memory_range_set", b"memory_range_set", "nsid", b"nsid", "opcode", b"opcode", "predict_and_stage", b"predict_and_stage", "program_activation", b"program_activation", "release", b"release", "set", b"set", "stage", b"stage", "write", b"write"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "async_event", b"async_event", "blocks", b"blocks", "body", b"body", "cid", b"cid", "compare", b"compare", "connect", b"connect", "copy", b"copy", "dataset_management", b"dataset_management", "define_patterns", b"define_patterns", "execute_program", b"execute_program", "features", b"features", "flush", b"flush", "format", b"format", "get_log_page", b"get_log_page", "host_residency", b"host_residency", "identify", b"identify", "keep_alive", b"keep_alive", "load_program", b"load_program", "memory_range_set", b"memory_range_set", "nsid", b"nsid", "opcode", b"opcode", "predict_and_stage", b"predict_and_stage", "program_activation", b"program_activation", "release", b"release", "set", b"set", "stage", b"stage", "write", b"write", "write_patterns", b"write_patterns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["connect", "identify", "get_log_page", "abort", "features", "async_event", "keep_alive", "format", "load_program", "program_activation", "memory_range_set", "flush", "write", "blocks", "compare", "dataset_management", "copy", "execute_program", "predict_and_stage", "stage", "release", "host_residency"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["connect", "identify", "get_log_page", "abort", "features", "async_event", "keep_alive", "format", "load_program", "program_activation", "memory_range_set", "flush", "write", "blocks", "compare", "dataset_management", "copy", "define_patterns", "write_patterns", "execute_program", "predict_and_stage", "stage", "release", "host_residency"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -274,7 +286,9 @@ class CompletionEntry(_message.Message):
     sq_head: _builtins.int
     """entries of this queue completed so far, modulo 65536"""
     data: _builtins.bytes
-    """Read; what a log page, Identify or feature C0h returns as JSON"""
+    """Read; what a log page, Identify or feature C0h returns as JSON; Define Patterns: uint16, little
+    endian, the number of each block
+    """
     dword0: _builtins.int
     """Abort, Get Features, Load Program (program identifier)"""
     @_builtins.property
@@ -868,6 +882,53 @@ class Copy(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Copy: _TypeAlias = Copy  # noqa: Y015
+
+@_typing.final
+class DefinePatterns(_message.Message):
+    """Blocks that the drive shall make whenever they are read, instead of storing them (docs/FTL.md)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """a whole number of logical blocks"""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DefinePatterns: _TypeAlias = DefinePatterns  # noqa: Y015
+
+@_typing.final
+class WritePatterns(_message.Message):
+    """One block a pattern, from `slba` on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLBA_FIELD_NUMBER: _builtins.int
+    PATTERNS_FIELD_NUMBER: _builtins.int
+    slba: _builtins.int
+    patterns: _builtins.bytes
+    """uint16, little endian: numbers of patterns"""
+    def __init__(
+        self,
+        *,
+        slba: _builtins.int = ...,
+        patterns: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["patterns", b"patterns", "slba", b"slba"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WritePatterns: _TypeAlias = WritePatterns  # noqa: Y015
 
 @_typing.final
 class HiddenOrigin(_message.Message):

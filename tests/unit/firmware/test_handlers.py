@@ -48,6 +48,38 @@ def test_written_blocks_are_read_and_others_are_zero(host):
     assert read(host, 5, 3) == bytes(3 * BLOCK)
 
 
+def patterns_of(host, data: bytes) -> np.ndarray:
+    return np.frombuffer(host.ok(c.DefinePatterns(data)).result.data, "<u2")
+
+
+def test_patterns_are_written_by_number_and_read_copied_and_overwritten_as_any(host):
+    host.ok(c.Write(0, data_of(1, 6)))
+    known = data_of(3, 4)
+    numbers = patterns_of(host, known)
+    assert (patterns_of(host, known[BLOCK:]) == numbers[1:]).all()
+    host.ok(c.WritePatterns(1, numbers[[2, 0, 3]]))
+    expected = [known[number * BLOCK :][:BLOCK] for number in (2, 0, 3)]
+    assert read(host, 1, 3) == b"".join(expected)
+    assert read(host, 4, 2) == data_of(1, 6)[4 * BLOCK :]
+    host.ok(c.Copy(20, (c.BlockRange(0, 4),)))
+    host.ok(c.Write(2, data_of(4)))
+    host.ok(c.WriteZeroes(c.BlockRange(3, 1)))
+    assert read(host, 1, 3) == expected[0] + data_of(4) + bytes(BLOCK)
+    assert read(host, 20, 4) == data_of(1) + b"".join(expected)
+
+
+def test_patterns_that_there_are_not_are_refused_and_nothing_is_written(host):
+    numbers = patterns_of(host, data_of(3, 2))
+    failed = host.run(c.WritePatterns(0, np.append(numbers, 2).astype(np.uint16)))
+    assert failed.status is Status.INVALID_FIELD
+    assert "the drive has 2" in failed.detail
+    assert read(host, 0, 3) == bytes(3 * BLOCK)
+    assert host.run(c.DefinePatterns(bytes(100))).status is Status.INVALID_FIELD
+    too_many = np.zeros((64 << 20) // BLOCK + 1, np.uint16)
+    assert host.run(c.WritePatterns(0, too_many)).status is Status.INVALID_FIELD
+    assert host.run(c.WritePatterns(1 << 40, numbers)).status is Status.LBA_OUT_OF_RANGE
+
+
 def test_compare_verify_and_copy(host):
     host.ok(c.Write(0, data_of(2, 4)))
     host.ok(c.Compare(0, data_of(2, 4)))

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +26,7 @@ class RamDrive:
         self.data = bytearray(capacity_bytes)
         self.writes_left: int | None = None
         self.written: list[tuple[int, int]] = []  # offset, length
+        self._patterns = np.empty((0, self.block_bytes), np.uint8)
 
     def read(self, offset_bytes: int, length_bytes: int, /) -> bytes:
         self._check(offset_bytes, length_bytes)
@@ -42,6 +45,15 @@ class RamDrive:
     def copy(self, from_bytes: int, to_bytes: int, length_bytes: int, /) -> None:
         assert abs(from_bytes - to_bytes) >= length_bytes
         self.write(to_bytes, self.read(from_bytes, length_bytes))
+
+    def define_patterns(self, data: bytes, /) -> npt.NDArray[np.uint16]:
+        fresh = np.frombuffer(data, np.uint8).reshape(-1, self.block_bytes)
+        first = len(self._patterns)
+        self._patterns = np.concatenate([self._patterns, fresh])
+        return np.arange(first, len(self._patterns), dtype=np.uint16)
+
+    def write_patterns(self, offset_bytes: int, numbers: npt.NDArray[np.uint16], /) -> None:
+        self.write(offset_bytes, self._patterns[numbers].tobytes())
 
     def flush(self) -> None:
         pass

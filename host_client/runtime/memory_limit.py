@@ -1,0 +1,45 @@
+"""The budget as a limit that the kernel keeps: what it comes to, and what was measured under it."""
+
+from typing import Self
+
+from pydantic import BaseModel
+
+from host_client.runtime.cgroup import Cgroup, Hierarchy
+
+ALLOWANCE_BYTES = 448 << 20
+"""Beside the budget, for what is no part of the model: interpreter, torch, transformers, gRPC,
+compiled kernels, the tokenizer (docs/BENCHMARKS.md has what they take)."""
+
+
+class EnforcedReport(BaseModel):
+    """What the kernel kept and measured. Sizes in bytes."""
+
+    limit_bytes: int
+    allowance_bytes: int
+    start_bytes: int  # in use before any weights were loaded
+    peak_bytes: int
+
+
+class MemoryLimit:
+    """On the control group that this process was started in (`csd generate --enforce`)."""
+
+    def __init__(self, group: Cgroup, limit_bytes: int) -> None:
+        self._group = group
+        self._limit_bytes = limit_bytes
+        self._start_bytes = group.usage_bytes
+
+    @classmethod
+    def begin(cls, budget_bytes: int) -> Self:
+        """From now on. Raises NoCgroup."""
+        group = Cgroup.entered(Hierarchy.find())
+        limit = cls(group, budget_bytes + ALLOWANCE_BYTES)
+        group.limit(limit._limit_bytes)
+        return limit
+
+    def report(self) -> EnforcedReport:
+        return EnforcedReport(
+            limit_bytes=self._limit_bytes,
+            allowance_bytes=ALLOWANCE_BYTES,
+            start_bytes=self._start_bytes,
+            peak_bytes=self._group.peak_bytes,
+        )

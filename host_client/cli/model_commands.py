@@ -202,10 +202,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text, the weights staged by the drive as they are needed."""
-    if (prompt is None) == (prompt_tokens is None):
-        raise typer.BadParameter("give either --prompt or --prompt-tokens")
-    name = resolve_source(model).name if prompt_tokens is None else name_on_drive(model)
-    kept = Quality.parse(quality)
+    name, kept = _name(model, prompt, prompt_tokens), Quality.parse(quality)
     with open_drive(drive, time) as opened:
         limit = _limit(opened, name, dram) if enforce else None
         tokenizer, ids = _prompt(opened, model, prompt or "", prompt_tokens, raw)
@@ -246,6 +243,13 @@ def generate(
             return
         err.print()
         err.print(reports.generation_table(report, runtime_of(made).plan))
+
+
+def _name(model: str, prompt: str | None, prompt_tokens: int | None) -> str:
+    """On the drive. A prompt in words takes a tokenizer, so the source itself."""
+    if (prompt is None) == (prompt_tokens is None):
+        raise typer.BadParameter("give either --prompt or --prompt-tokens")
+    return resolve_source(model).name if prompt_tokens is None else name_on_drive(model)
 
 
 def _limit(drive: Drive, name: str, dram: str) -> MemoryLimit:

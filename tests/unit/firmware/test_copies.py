@@ -77,12 +77,12 @@ def lab(open_drive, make_host, packed_twice, monkeypatch) -> Lab:
     opened: list[Ftl] = []
     genuine = Ftl.open
 
-    def open_lossy(directory: Any, config: Any, wrap: Any) -> Ftl:
+    def open_lossy(directory: Any, config: Any, wrap: Any, begin: Any) -> Ftl:
         def wrap_lossy(media: Media, superblocks: Any) -> Media:
             made.append(LossyMedia(media))
             return wrap(made[-1], superblocks)
 
-        opened.append(genuine(directory, config, wrap_lossy))
+        opened.append(genuine(directory, config, wrap_lossy, begin))
         return opened[-1]
 
     monkeypatch.setattr(Ftl, "open", open_lossy)

@@ -32,7 +32,7 @@ U16 = npt.NDArray[np.uint16]
 PATTERNS = 256  # blocks, 1 MiB: what a processor's second cache holds
 SEED_DEFAULT = 0
 _SPREAD = 0.02  # standard deviation, where the config does not say
-_LEVEL: dict[Bits, float] = {16: 1.0, 8: 78.0, 4: 8.9}  # root mean square: value over word
+_LEVEL: dict[Bits, float] = {16: 1.0, 8: 80.0, 4: 8.1}  # values over words, root mean square
 _SCALES: Dtype = "float16"
 _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -78,7 +78,7 @@ class SyntheticCheckpoint:
         """The blocks that matrices of so many bits are drawn from, uint8 [PATTERNS, BLOCK_BYTES].
 
         Below 16, where a block begins anywhere in a row, any word of it is a scale, a minimum or
-        levels: all words are scales, and what they are as levels averages `_LEVEL`.
+        levels: so all words are scales.
         """
         rng = np.random.Generator(np.random.PCG64(self.seed))
         spread = float(self.config.get("initializer_range", _SPREAD)) / _LEVEL[bits]

@@ -83,7 +83,7 @@ def check(drive: Any, model: PackedModel, expected: dict[int, np.ndarray]) -> No
     assert model.frequency_tokens == 7
 
 
-@pytest.mark.parametrize(("copies", "bits"), [(1, 16), (2, 16), (1, 8), (2, 4)])
+@pytest.mark.parametrize("copies, bits", [(1, 16), (2, 16), (1, 8), (2, 4)])
 def test_units_lie_in_the_calibrated_order_and_are_the_same(
     pack_tiny, copies: int, bits: Bits
 ) -> None:

@@ -1,19 +1,17 @@
-"""Program files fitted to a packed model: one function a kind, each a closed form.
+"""Program files fitted to a model: one function a kind.
 
-What needs text walks it once through the model that lies on the drive (`calibration.walk`); nothing
-is trained by gradient steps.
+What needs text walks it once through the model, layer by layer. `lowrank`, `mlp` and `farsight` are
+trained by gradient from a closed form on; the others are closed forms.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from csd_protocol.packed import PackedModel
 from csd_protocol.program_file import (
     AttentionShape,
+    ProgramKind,
     RolloutLayer,
     SvdLayer,
     TwoLayers,
@@ -25,16 +23,15 @@ from csd_protocol.program_file import (
     encode_svd,
     encode_window,
 )
-from host_client.calibrate.calibration import LayerStatistics, ridge, walk
-from host_client.calibrate.choosers import top, unit_scores
+from host_client.calibrate import farsight_fit, two_layers
+from host_client.calibrate.calibration import walk
 from host_client.calibrate.dense_model import DecoderLayer, DenseModel
-from host_client.calibrate.lab import WANTED_SHARE
+from host_client.calibrate.farsight_fit import SightText, fit_farsight, width_within
+from host_client.calibrate.labels import LayerLabels, label_layers
 from host_client.calibrate.low_bit_layers import group_of, round_layer
-from host_client.calibrate.packed_checkpoint import PackedCheckpoint
-from host_client.driver import Drive
+from host_client.calibrate.two_layers import Rows, cut, fit_two_layers
 from host_client.model.errors import UnsupportedModel
 
-F32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
 WINDOW_TOKENS, WINDOW_DECAY = 5, 0.8
@@ -48,17 +45,17 @@ class Recipe:
     rank: int = 64
     lookahead: int = 1
     context: int = 2048
+    size: float = 0.04  # of a farsight: its share of the model's parameters
+    epochs: int | None = None  # of gradient training; None: as many as the kind needs
     windows: torch.Tensor | None = None  # int64 [windows, tokens] of calibration text
 
 
 class Builder:
-    """Builds programs for one packed model."""
+    """Builds programs for one model. `name`: of the packed model that will run them."""
 
-    def __init__(
-        self, drive: Drive, packed: PackedModel, recipe: Recipe, progress: Progress
-    ) -> None:
-        self._name, self._recipe, self._progress = packed.name, recipe, progress
-        self._model = DenseModel(PackedCheckpoint(drive, packed))
+    def __init__(self, name: str, model: DenseModel, recipe: Recipe, progress: Progress) -> None:
+        self._name, self._model = name, model
+        self._recipe, self._progress = recipe, progress
 
     def shadow(self) -> bytes:
         """Low-bit gate, up and down rows; with text, rounded to fit it."""
@@ -94,14 +91,14 @@ class Builder:
         """Gate and up cut to the recipe's rank: their best approximation of it."""
         layers = {}
         for layer in self._layers():
-            gate_outer, gate_inner = _cut(layer.gate, self._recipe.rank)
-            up_outer, up_inner = _cut(layer.up, self._recipe.rank)
+            gate_outer, gate_inner = cut(layer.gate, self._recipe.rank)
+            up_outer, up_inner = cut(layer.up, self._recipe.rank)
             layers[layer.number] = SvdLayer(
                 norm=layer.norm.numpy(),
-                gate_inner=gate_inner,
-                gate_outer=gate_outer,
-                up_inner=up_inner,
-                up_outer=up_outer,
+                gate_inner=gate_inner.numpy(),
+                gate_outer=gate_outer.numpy(),
+                up_inner=up_inner.numpy(),
+                up_outer=up_outer.numpy(),
                 down_norm=layer.down_norm.numpy(),
             )
         return encode_svd(self._name, layers, rms_eps=self._model.rms_eps)
@@ -111,31 +108,33 @@ class Builder:
         return encode_oracle(self._name, norms)
 
     def lowrank(self) -> bytes:
-        """Two linear layers: the ridge regression of the wanted units, cut to the rank."""
-        layers = {}
-        for found in self._walk(self._recipe.lookahead):
-            x, wanted, mean = self._labels(found)
-            outer, inner = _cut(ridge(x, wanted - mean).t(), self._recipe.rank)
-            layers[found.layer.number] = _two_layers(found.layer, inner, outer, mean)
+        """Two linear layers, each layer's states to its wanted units."""
+        layers = self._two_layers(ProgramKind.LOWRANK)
         return encode_lowrank(self._name, layers, rms_eps=self._model.rms_eps)
 
     def mlp(self) -> bytes:
-        """ReLU features of random directions, and the ridge regression of the wanted units."""
-        layers = {}
-        dice = torch.Generator().manual_seed(0)
-        for found in self._walk(self._recipe.lookahead):
-            x, wanted, mean = self._labels(found)
-            inner = torch.randn(self._recipe.rank, x.shape[1], generator=dice)
-            inner /= x.pow(2).sum(1).mean().sqrt()
-            outer = ridge((x @ inner.t()).relu(), wanted - mean).t()
-            layers[found.layer.number] = _two_layers(found.layer, inner.numpy(), outer, mean)
+        """The same with a ReLU between them."""
+        layers = self._two_layers(ProgramKind.MLP)
         return encode_mlp(self._name, layers, rms_eps=self._model.rms_eps)
+
+    def farsight(self) -> bytes:
+        """A small transformer over embeddings.
+
+        Raises ValueError for a share of the model's parameters, or a text, that is too small.
+        """
+        assert self._recipe.windows is not None, "this kind is fitted to text"
+        shape = self._model.shape
+        parameters = int(self._recipe.size * self._model.parameters)
+        width = width_within(parameters, shape.hidden, shape.layers * shape.ffn)
+        wanted = [found.wanted for found in self._labelled()]
+        text = SightText(self._model.embed(self._recipe.windows), wanted)
+        epochs = self._epochs(farsight_fit.EPOCHS_DEFAULT)
+        sight = fit_farsight(text, width, self._model.rms_eps, epochs, self._progress)
+        return sight.encode(self._name)
 
     def window(self) -> bytes:
         """The units of the last tokens; ties are broken by how often each is wanted at all."""
-        assert self._recipe.windows is not None
-        tokens = self._recipe.windows.numel()
-        shares = {found.layer.number: found.counts / tokens for found in self._walk()}
+        shares = {found.layer.number: found.wanted.shares() for found in self._labelled()}
         return encode_window(self._name, shares, tokens=WINDOW_TOKENS, decay=WINDOW_DECAY)
 
     @property
@@ -148,9 +147,23 @@ class Builder:
             yield self._model.layer(number)
             self._progress(number + 1, self._model.shape.layers)
 
-    def _walk(self, *lookaheads: int) -> Iterator[LayerStatistics]:
+    def _labelled(self, *lookaheads: int) -> Iterator[LayerLabels]:
         assert self._recipe.windows is not None, "this kind is fitted to text"
-        return walk(self._model, self._recipe.windows, lookaheads, self._progress)
+        return label_layers(self._model, self._recipe.windows, lookaheads, self._progress)
+
+    def _two_layers(self, kind: ProgramKind) -> dict[int, TwoLayers]:
+        recipe = self._recipe
+        epochs = self._epochs(two_layers.EPOCHS_DEFAULT)
+        layers = {}
+        for found in self._labelled(recipe.lookahead):
+            seen = self._model.ffn_input(found.layer, found.seen[recipe.lookahead]).flatten(0, 1)
+            rows = Rows(seen, found.wanted)
+            norm = found.layer.norm
+            layers[found.layer.number] = fit_two_layers(kind, rows, norm, recipe.rank, epochs)
+        return layers
+
+    def _epochs(self, default: int) -> int:
+        return default if self._recipe.epochs is None else self._recipe.epochs
 
     def _rounded(self) -> Iterator[tuple[int, RolloutLayer]]:
         bits, group = self._recipe.bits, self._group
@@ -158,29 +171,5 @@ class Builder:
             for layer in self._layers():
                 yield layer.number, round_layer(layer, bits, group)
         else:
-            for found in self._walk():
+            for found in walk(self._model, self._recipe.windows, progress=self._progress):
                 yield found.layer.number, round_layer(found.layer, bits, group, found.moments)
-
-    def _labels(self, found: LayerStatistics) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inputs [n, hidden] as the program norms them, wanted units [n, units], and their mean."""
-        seen = found.seen[self._recipe.lookahead]
-        x = self._model.ffn_input(found.layer, seen).flatten(0, 1)
-        scores = unit_scores(self._model, found.layer, found.attended).flatten(0, 1)
-        wanted = top(scores, max(1, round(WANTED_SHARE * scores.shape[1]))).float()
-        return x, wanted, wanted.mean(0)
-
-
-def _two_layers(
-    layer: DecoderLayer, inner: F32, outer: torch.Tensor | F32, bias: torch.Tensor
-) -> TwoLayers:
-    return TwoLayers(
-        norm=layer.norm.numpy(), inner=inner, outer=np.asarray(outer), outer_bias=bias.numpy()
-    )
-
-
-def _cut(matrix: torch.Tensor, rank: int) -> tuple[F32, F32]:
-    """Two thin matrices, [rows, rank] and [rank, columns], whose product is closest to `matrix`."""
-    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
-    rank = min(rank, sizes.numel())
-    roots = sizes[:rank].sqrt()
-    return (left[:, :rank] * roots).numpy(), (roots[:, None] * right[:rank]).numpy()

@@ -29,12 +29,15 @@ def read_down_norms(drive: Drive, packed: PackedModel) -> F32:
 
 def load_predictor(drive: Drive, packed: PackedModel, kind: str, data: bytes) -> int:
     """Load and activate a program in place of the model's earlier one of its kind; its number."""
-    loaded = drive.programs()
-    for entry in loaded:
+    for entry in drive.programs():
         if entry["kind"] == kind and entry["model"] == packed.name:
             drive.unload_program(entry["program"])
-    taken = {entry["program"] for entry in loaded if entry["model"] != packed.name}
-    taken |= {entry["program"] for entry in loaded if entry["kind"] != kind}
-    number = next(number for number in range(_PROGRAMS_MAX) if number not in taken)
+    number = free_program_number(drive)
     drive.load_program(number, data, activate=True)
     return number
+
+
+def free_program_number(drive: Drive) -> int:
+    """The lowest that nothing is loaded under."""
+    taken = {entry["program"] for entry in drive.programs()}
+    return next(number for number in range(_PROGRAMS_MAX) if number not in taken)

@@ -85,6 +85,7 @@ class Kind(StrEnum):
     SVD = "svd"
     LOWRANK = "lowrank"
     MLP = "mlp"
+    FARSIGHT = "farsight"
     WINDOW = "window"
     FREQUENCY = "frequency"
     ORACLE = "oracle"
@@ -92,7 +93,7 @@ class Kind(StrEnum):
 
     @property
     def needs_text(self) -> bool:
-        return self in (Kind.LOWRANK, Kind.MLP, Kind.WINDOW)
+        return self in (Kind.LOWRANK, Kind.MLP, Kind.FARSIGHT, Kind.WINDOW)
 
 
 def build_predictor(
@@ -105,7 +106,7 @@ def build_predictor(
     """A program file of this kind; without a recipe as `csd pack` loads it.
 
     Raises NoPredictor for `frequency` before calibration, UnsupportedModel for a model that the
-    kind has no place for.
+    kind has no place for, ValueError for a recipe that leaves a farsight no room or no text.
     """
     if kind == Kind.FREQUENCY:
         return _frequency(drive, packed)
@@ -113,8 +114,9 @@ def build_predictor(
         return build_gate(drive, packed, progress)
     if kind == Kind.SHADOW and not knows(packed.config):
         return build_shadow(drive, packed, recipe or Recipe(), progress)
-    builder = Builder(drive, packed, recipe or Recipe(), progress)
-    with torch.inference_mode():
+    model = DenseModel(PackedCheckpoint(drive, packed))
+    builder = Builder(packed.name, model, recipe or Recipe(), progress)
+    with torch.no_grad():
         made: bytes = getattr(builder, Kind(kind).value)()
     return made
 

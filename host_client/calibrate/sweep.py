@@ -5,12 +5,12 @@ through the held-out text. The two never meet.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from host_client.calibrate.builders import WINDOW_DECAY, WINDOW_TOKENS
+from host_client.calibrate.builders import WINDOW_DECAY, WINDOW_TOKENS, Builder, Recipe
 from host_client.calibrate.calibration import walk
 from host_client.calibrate.choosers import (
     AT_FFN,
@@ -25,6 +25,7 @@ from host_client.calibrate.choosers import (
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.lab import WANTED_SHARE, Lab, LabReport, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
+from host_client.calibrate.program_choosers import chooser_of
 from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer
 
 Progress = Callable[[int, int], None]
@@ -39,6 +40,7 @@ class Prepared:
     shares: torch.Tensor  # float32 [layers, units]: how often each unit is wanted
     head_norms: torch.Tensor  # float32 [layers, groups]: mean norm of what each KV group adds
     resident: torch.Tensor  # bool [layers, units]: the units that the host holds
+    programs: Mapping[tuple[str, int], bytes] = field(default_factory=dict)  # kind and lookahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,10 @@ class Asked:
         return f"{self.program}{ahead} {'+'.join(words)}"
 
 
-PROGRAMS = ("oracle", "shadow", "rollout", "frequency", "window")
-_NEED_LOOKAHEAD = ("shadow", "rollout")
+BUILT = ("svd", "lowrank", "mlp", "farsight")  # as for a drive, from program files
+PROGRAMS = ("oracle", "shadow", "rollout", *BUILT, "frequency", "window")
+_NEED_LOOKAHEAD = ("shadow", "rollout", "svd", "lowrank", "mlp")
+_ONE_AHEAD = ("rollout", "lowrank", "mlp")  # unless said otherwise; others at the FFN's input
 _SCORE_HEADS = ("oracle", "rollout", "frequency")
 DEFAULT_SETTINGS = (
     "oracle:0.5 oracle:0.33 oracle:0.1 shadow@0:0.5 shadow@1:0.5 shadow@1:0.33 "
@@ -80,7 +84,7 @@ def parse(text: str) -> Asked:
     corrected = words[:1] == ["correct"]
     heads = [word.removeprefix("heads=") for word in words[corrected:]] or ["1"]
     lookahead = int(ahead) if ahead.isdigit() else AT_FFN
-    if program == "rollout" and not ahead:
+    if program in _ONE_AHEAD and not ahead:
         lookahead = 1
     asked = Asked(program, lookahead, _share(kept), corrected, _share(heads[0]))
     wrong_ahead = bool(ahead) and (program not in _NEED_LOOKAHEAD or not ahead.isdigit())
@@ -112,8 +116,12 @@ def prepare(
     fitted: bool,
     resident_share: float,
     progress: Progress,
+    settings: Sequence[Asked] = (),
 ) -> Prepared:
-    """One walk of the calibration windows: counts, and the low-bit rows of every layer."""
+    """One walk of the calibration windows: counts, and the low-bit rows of every layer.
+
+    What `settings` need beside that is built, a walk a program.
+    """
     shape = model.shape
     group = group_of(shape.hidden, shape.heads * shape.head_dim)
     views, counts, norms = {}, [], []
@@ -124,7 +132,23 @@ def prepare(
         counts.append(torch.from_numpy(found.counts.astype("float32")))
         norms.append(found.head_norms.mean((0, 1)))
     shares = torch.stack(counts) / windows.numel()
-    return Prepared(model, views, shares, torch.stack(norms), hottest(shares, resident_share))
+    resident = hottest(shares, resident_share)
+    programs = _build(model, windows, settings, progress)
+    return Prepared(model, views, shares, torch.stack(norms), resident, programs)
+
+
+def _build(
+    model: DenseModel, windows: torch.Tensor, settings: Sequence[Asked], progress: Progress
+) -> dict[tuple[str, int], bytes]:
+    """The program files that a drive would be given, by kind and lookahead."""
+    programs: dict[tuple[str, int], bytes] = {}
+    for asked in settings:
+        key = (asked.program, asked.lookahead)
+        if asked.program in BUILT and key not in programs:
+            recipe = Recipe(lookahead=asked.lookahead, windows=windows)
+            with torch.no_grad():
+                programs[key] = getattr(Builder("lab", model, recipe, progress), asked.program)()
+    return programs
 
 
 def hottest(shares: torch.Tensor, share: float) -> torch.Tensor:
@@ -158,6 +182,8 @@ def setting_of(
 def _maker(asked: Asked, prepared: Prepared) -> Callable[[], Chooser]:
     model, shares, lookahead = prepared.model, prepared.shares, asked.lookahead
     wanted = max(1, round(WANTED_SHARE * model.shape.ffn))
+    if asked.program in BUILT:
+        return chooser_of(prepared.programs[asked.program, lookahead], lookahead)
     makers: dict[str, Callable[[], Chooser]] = {
         "oracle": Oracle,
         "shadow": lambda: Shadow(model, "low", lookahead),

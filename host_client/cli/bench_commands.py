@@ -166,7 +166,7 @@ def _swept(
     with open_checkpoint(source) as checkpoint:
         dense = DenseModel(checkpoint, dtype)
         with progress_count("calibrating, layers") as update:
-            prepared = prepare(dense, seen, bits, fit, resident, update)
+            prepared = prepare(dense, seen, bits, fit, resident, update, asked)
         with progress_count(f"{len(asked)} settings, layers") as update:
             return sweep(prepared, held_out, asked, update)
 

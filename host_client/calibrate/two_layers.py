@@ -1,0 +1,106 @@
+"""Two linear layers that say which units a state will want: `lowrank`, and `mlp` with a ReLU.
+
+Begun in closed form, by ridge regression of the wanted units, and trained on by gradient as Deja Vu
+(Liu et al., 2023) and LLM in a flash (Alizadeh et al., 2023) train theirs: each unit a yes or no,
+binary cross entropy. Of what the units are, nothing is known here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from csd_protocol.program_file import ProgramKind, TwoLayers
+from host_client.calibrate.calibration import ridge
+from host_client.calibrate.labels import Labels
+from host_client.calibrate.training import (
+    HELD_BACK,
+    Schedule,
+    found_share,
+    train,
+    training_device,
+)
+
+EPOCHS_DEFAULT = 8
+_RATE, _BATCH = 2e-3, 256
+_SHARE_LEAST = 0.01  # a unit that is wanted never, or always, has no finite log odds
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one layer's program is fitted to."""
+
+    inputs: torch.Tensor  # float32 [rows, hidden], normed as the program does
+    wanted: Labels  # of the same rows
+
+
+def fit_two_layers(
+    kind: ProgramKind, rows: Rows, norm: torch.Tensor, rank: int, epochs: int
+) -> TwoLayers:
+    """A layer of a `lowrank` or `mlp` program; `norm` is the RMSNorm's weight, [hidden].
+
+    The last eighth of the rows is held back and decides which epoch is kept.
+    """
+    device = training_device()
+    count, held_back = len(rows.inputs), max(1, len(rows.inputs) // HELD_BACK)
+    inputs, labels = rows.inputs.to(device), rows.wanted
+    known, judged = slice(0, count - held_back), slice(count - held_back, count)
+    begin = _lowrank if kind is ProgramKind.LOWRANK else _mlp
+    weights = begin(inputs[known], labels.rows(known, device), rank)
+    wanted = labels.rows(judged, device)
+
+    def scores(x: torch.Tensor) -> torch.Tensor:
+        inner = F.linear(x, weights["inner"], weights["inner_bias"])
+        return F.linear(
+            inner.relu() if kind is ProgramKind.MLP else inner,
+            weights["outer"],
+            weights["outer_bias"],
+        )
+
+    def add_gradients(ids: torch.Tensor) -> None:
+        logits = scores(inputs[ids.to(device)])
+        F.binary_cross_entropy_with_logits(logits, labels.rows(ids, device)).backward()
+
+    def recall() -> float:
+        return found_share(scores(inputs[judged]), wanted, labels.wanted)
+
+    train(weights, count - held_back, add_gradients, recall, Schedule(epochs, _RATE, _BATCH))
+    made = {name: values.cpu().numpy() for name, values in weights.items()}
+    return TwoLayers(norm=norm.numpy(), **made)
+
+
+def _lowrank(x: torch.Tensor, wanted: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+    """The ridge regression of the wanted units, cut to the rank."""
+    share = wanted.mean(0)
+    outer, inner = cut(ridge(x, wanted - share).t(), rank)
+    return _as_log_odds(inner, outer, share)
+
+
+def _mlp(x: torch.Tensor, wanted: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+    """ReLU features of random directions, and the ridge regression of the wanted units."""
+    share, dice = wanted.mean(0), torch.Generator().manual_seed(0)
+    inner = torch.randn(rank, x.shape[1], generator=dice).to(x.device)
+    inner /= x.pow(2).sum(1).mean().sqrt()
+    return _as_log_odds(inner, ridge((x @ inner.t()).relu(), wanted - share).t(), share)
+
+
+def _as_log_odds(
+    inner: torch.Tensor, outer: torch.Tensor, share: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Weights whose outputs are log odds, to first order, from those whose outputs are shares."""
+    share = share.clamp(_SHARE_LEAST, 1 - _SHARE_LEAST)
+    slope = 1 / (share * (1 - share))
+    return {
+        "inner": inner.contiguous(),
+        "inner_bias": torch.zeros(len(inner), device=inner.device),
+        "outer": (outer * slope[:, None]).contiguous(),
+        "outer_bias": share.logit(),
+    }
+
+
+def cut(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two thin matrices, [rows, rank] and [rank, columns], whose product is closest to `matrix`."""
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    rank = min(rank, sizes.numel())
+    roots = sizes[:rank].sqrt()
+    return left[:, :rank] * roots, roots[:, None] * right[:rank]

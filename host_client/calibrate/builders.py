@@ -7,6 +7,8 @@ trained by gradient from a closed form on; the others are closed forms.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from csd_protocol.program_file import (
@@ -29,9 +31,10 @@ from host_client.calibrate.dense_model import DecoderLayer, DenseModel
 from host_client.calibrate.farsight_fit import SightText, fit_farsight, width_within
 from host_client.calibrate.labels import LayerLabels, label_layers
 from host_client.calibrate.low_bit_layers import group_of, round_layer
-from host_client.calibrate.two_layers import Rows, cut, fit_two_layers
+from host_client.calibrate.two_layers import Rows, fit_two_layers
 from host_client.model.errors import UnsupportedModel
 
+F32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
 WINDOW_TOKENS, WINDOW_DECAY = 5, 0.8
@@ -91,14 +94,14 @@ class Builder:
         """Gate and up cut to the recipe's rank: their best approximation of it."""
         layers = {}
         for layer in self._layers():
-            gate_outer, gate_inner = cut(layer.gate, self._recipe.rank)
-            up_outer, up_inner = cut(layer.up, self._recipe.rank)
+            gate_outer, gate_inner = _cut(layer.gate, self._recipe.rank)
+            up_outer, up_inner = _cut(layer.up, self._recipe.rank)
             layers[layer.number] = SvdLayer(
                 norm=layer.norm.numpy(),
-                gate_inner=gate_inner.numpy(),
-                gate_outer=gate_outer.numpy(),
-                up_inner=up_inner.numpy(),
-                up_outer=up_outer.numpy(),
+                gate_inner=gate_inner,
+                gate_outer=gate_outer,
+                up_inner=up_inner,
+                up_outer=up_outer,
                 down_norm=layer.down_norm.numpy(),
             )
         return encode_svd(self._name, layers, rms_eps=self._model.rms_eps)
@@ -173,3 +176,11 @@ class Builder:
         else:
             for found in walk(self._model, self._recipe.windows, progress=self._progress):
                 yield found.layer.number, round_layer(found.layer, bits, group, found.moments)
+
+
+def _cut(matrix: torch.Tensor, rank: int) -> tuple[F32, F32]:
+    """Two thin matrices, [rows, rank] and [rank, columns], whose product is closest to `matrix`."""
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    rank = min(rank, sizes.numel())
+    roots = sizes[:rank].sqrt()
+    return (left[:, :rank] * roots).numpy(), (roots[:, None] * right[:rank]).numpy()

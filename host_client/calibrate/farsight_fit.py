@@ -17,6 +17,7 @@ from csd_protocol.program_file import AttentionShape, Tensor
 from host_client.calibrate.dense_model import rms_norm
 from host_client.calibrate.farsight import Farsight
 from host_client.calibrate.labels import Labels
+from host_client.calibrate.reduced_rank import Whitened, as_log_odds, leading_directions
 from host_client.calibrate.training import (
     HELD_BACK,
     Schedule,
@@ -32,8 +33,6 @@ EPOCHS_DEFAULT = 6
 _RATE, _BATCH = 1e-3, 2  # windows a step
 _LAYERS_AT_ONCE = 10
 _BLOCKS, _HEAD_DIM, _ROPE_THETA = 2, 16, 1e4
-_RIDGE = 1e-2  # of the mean second moment
-_SHARE_LEAST = 0.01  # a unit that is wanted never, or always, has no finite log odds
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,33 +136,28 @@ def _closed_form(
     """All weights, before any training; `hidden` [windows, tokens, hidden]."""
     norm = torch.ones(hidden.shape[-1], device=hidden.device)
     x = rms_norm(hidden, norm, rms_eps).flatten(0, 1)
-    moments = x.t() @ x / len(x)
-    moments.diagonal().add_(_RIDGE * moments.diagonal().mean())
-    root = torch.linalg.cholesky(moments)
-    whitened = torch.linalg.solve_triangular(root, x.t(), upper=False) / len(x)  # [hidden, rows]
+    whitened = Whitened(x)
 
     def correlations(of_layer: Labels) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of whitened inputs with wanted units [hidden, units], and each unit's share [units]."""
+        """With wanted units [hidden, units], and each unit's share [units]."""
         labels = of_layer.rows(slice(0, len(x)), hidden.device)
         share = labels.mean(0)
-        return whitened @ (labels - share), share
+        return whitened.correlations(labels, share), share
 
-    together = torch.zeros_like(moments)
-    for of_layer in wanted:
+    squares = torch.zeros(len(norm), len(norm), device=hidden.device)
+    for of_layer in wanted:  # twice over: all layers' correlations together are too much to keep
         found, _ = correlations(of_layer)
-        together.addmm_(found, found.t())
-    directions = torch.linalg.eigh(together).eigenvectors[:, -width:]  # [hidden, width]
+        squares.addmm_(found, found.t())
+    directions = leading_directions(squares, width)
     weights = {
         Tensor.INPUT_NORM.value: norm,
-        Tensor.INPUT.value: torch.linalg.solve_triangular(root.t(), directions, upper=True).t(),
+        Tensor.INPUT.value: whitened.inner(directions),
         Tensor.OUTPUT_NORM.value: torch.ones(width, device=hidden.device),
     }
     for layer, of_layer in enumerate(wanted):
         found, share = correlations(of_layer)
-        share = share.clamp(_SHARE_LEAST, 1 - _SHARE_LEAST)
-        slope = 1 / (share * (1 - share))  # of log odds over shares
-        weights[Tensor.HEAD.of(layer)] = (found.t() @ directions) * slope[:, None]
-        weights[Tensor.HEAD_BIAS.of(layer)] = share.logit()
+        head, bias = as_log_odds(found.t() @ directions, share)
+        weights |= {Tensor.HEAD.of(layer): head, Tensor.HEAD_BIAS.of(layer): bias}
     return weights | _blocks(width, hidden.device)
 
 

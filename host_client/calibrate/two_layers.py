@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from csd_protocol.program_file import ProgramKind, TwoLayers
 from host_client.calibrate.calibration import ridge
 from host_client.calibrate.labels import Labels
+from host_client.calibrate.reduced_rank import Whitened, as_log_odds, leading_directions
 from host_client.calibrate.training import (
     HELD_BACK,
     Schedule,
@@ -23,7 +24,6 @@ from host_client.calibrate.training import (
 
 EPOCHS_DEFAULT = 8
 _RATE, _BATCH = 2e-3, 256
-_SHARE_LEAST = 0.01  # a unit that is wanted never, or always, has no finite log odds
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,11 @@ def fit_two_layers(
 
 
 def _lowrank(x: torch.Tensor, wanted: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
-    """The ridge regression of the wanted units, cut to the rank."""
-    share = wanted.mean(0)
-    outer, inner = cut(ridge(x, wanted - share).t(), rank)
-    return _as_log_odds(inner, outer, share)
+    """The reduced-rank regression of the wanted units."""
+    share, whitened = wanted.mean(0), Whitened(x)
+    found = whitened.correlations(wanted, share)
+    directions = leading_directions(found @ found.t(), rank)
+    return _weights(whitened.inner(directions), found.t() @ directions, share)
 
 
 def _mlp(x: torch.Tensor, wanted: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
@@ -81,26 +82,13 @@ def _mlp(x: torch.Tensor, wanted: torch.Tensor, rank: int) -> dict[str, torch.Te
     share, dice = wanted.mean(0), torch.Generator().manual_seed(0)
     inner = torch.randn(rank, x.shape[1], generator=dice).to(x.device)
     inner /= x.pow(2).sum(1).mean().sqrt()
-    return _as_log_odds(inner, ridge((x @ inner.t()).relu(), wanted - share).t(), share)
+    return _weights(inner, ridge((x @ inner.t()).relu(), wanted - share).t(), share)
 
 
-def _as_log_odds(
+def _weights(
     inner: torch.Tensor, outer: torch.Tensor, share: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Weights whose outputs are log odds, to first order, from those whose outputs are shares."""
-    share = share.clamp(_SHARE_LEAST, 1 - _SHARE_LEAST)
-    slope = 1 / (share * (1 - share))
-    return {
-        "inner": inner.contiguous(),
-        "inner_bias": torch.zeros(len(inner), device=inner.device),
-        "outer": (outer * slope[:, None]).contiguous(),
-        "outer_bias": share.logit(),
-    }
-
-
-def cut(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two thin matrices, [rows, rank] and [rank, columns], whose product is closest to `matrix`."""
-    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
-    rank = min(rank, sizes.numel())
-    roots = sizes[:rank].sqrt()
-    return left[:, :rank] * roots, roots[:, None] * right[:rank]
+    """Of log odds, from outer rows [units, rank] of shares."""
+    rows, bias = as_log_odds(outer, share)
+    zeros = torch.zeros(len(inner), device=inner.device)
+    return {"inner": inner, "inner_bias": zeros, "outer": rows, "outer_bias": bias}

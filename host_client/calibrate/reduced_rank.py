@@ -16,8 +16,9 @@ class Whitened:
     def __init__(self, x: torch.Tensor) -> None:
         moments = x.t() @ x / len(x)
         moments.diagonal().add_(_RIDGE * moments.diagonal().mean())
-        self._root = torch.linalg.cholesky(moments)
-        self._rows = torch.linalg.solve_triangular(self._root, x.t(), upper=False) / len(x)
+        self._root: torch.Tensor = torch.linalg.cholesky(moments)
+        whitened = torch.linalg.solve_triangular(self._root, x.t(), upper=False)
+        self._rows: torch.Tensor = whitened / len(x)
 
     def correlations(self, wanted: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         """[hidden, units], with wanted [rows, units] of the mean `share` [units]."""
@@ -25,13 +26,14 @@ class Whitened:
 
     def inner(self, directions: torch.Tensor) -> torch.Tensor:
         """[rank, hidden]: what maps inputs onto directions [hidden, rank]."""
-        mapped = torch.linalg.solve_triangular(self._root.t(), directions, upper=True)
+        mapped: torch.Tensor = torch.linalg.solve_triangular(self._root.t(), directions, upper=True)
         return mapped.t().contiguous()
 
 
 def leading_directions(squares: torch.Tensor, rank: int) -> torch.Tensor:
     """[hidden, rank] of the sum of correlations times their transpose, [hidden, hidden]."""
-    return torch.linalg.eigh(squares).eigenvectors[:, -rank:]
+    ascending: torch.Tensor = torch.linalg.eigh(squares).eigenvectors
+    return ascending[:, -rank:]
 
 
 def as_log_odds(outer: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Two linear layers that say which units a state will want: `lowrank`, and `mlp` with a ReLU.
 
-Begun in closed form, by ridge regression of the wanted units, and trained on by gradient as Deja Vu
-(Liu et al., 2023) and LLM in a flash (Alizadeh et al., 2023) train theirs: each unit a yes or no,
-binary cross entropy. Of what the units are, nothing is known here.
+Begun in closed form, by reduced-rank regression of the wanted units, then trained by gradient as
+Deja Vu (Liu et al., 2023) and LLM in a flash (Alizadeh et al., 2023) train theirs: each unit a yes
+or no, binary cross entropy. Of what the units are, nothing is known here.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional as F
 
 from csd_protocol.program_file import ProgramKind, TwoLayers
-from host_client.calibrate.calibration import ridge
 from host_client.calibrate.labels import Labels
 from host_client.calibrate.reduced_rank import Whitened, as_log_odds, leading_directions
 from host_client.calibrate.training import (
@@ -23,7 +22,7 @@ from host_client.calibrate.training import (
 )
 
 EPOCHS_DEFAULT = 8
-_RATE, _BATCH = 2e-3, 256
+_RATE, _BATCH = 5e-4, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +70,22 @@ def fit_two_layers(
 
 def _lowrank(x: torch.Tensor, wanted: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
     """The reduced-rank regression of the wanted units."""
-    share, whitened = wanted.mean(0), Whitened(x)
-    found = whitened.correlations(wanted, share)
-    directions = leading_directions(found @ found.t(), rank)
-    return _weights(whitened.inner(directions), found.t() @ directions, share)
+    return _weights(*_reduced(x, wanted, rank), wanted.mean(0))
 
 
 def _mlp(x: torch.Tensor, wanted: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
-    """ReLU features of random directions, and the ridge regression of the wanted units."""
-    share, dice = wanted.mean(0), torch.Generator().manual_seed(0)
-    inner = torch.randn(rank, x.shape[1], generator=dice).to(x.device)
-    inner /= x.pow(2).sum(1).mean().sqrt()
-    return _weights(inner, ridge((x @ inner.t()).relu(), wanted - share).t(), share)
+    """The same of half the rank: z is relu(z) - relu(-z). Training then bends it."""
+    inner, outer = _reduced(x, wanted, -(-rank // 2))
+    both_inner, both_outer = torch.cat([inner, -inner]), torch.cat([outer, -outer], 1)
+    return _weights(both_inner[:rank], both_outer[:, :rank], wanted.mean(0))
+
+
+def _reduced(x: torch.Tensor, wanted: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reduced-rank regression of shares: [rank, hidden] and [units, rank]."""
+    whitened = Whitened(x)
+    found = whitened.correlations(wanted, wanted.mean(0))
+    directions = leading_directions(found @ found.t(), rank)
+    return whitened.inner(directions), found.t() @ directions
 
 
 def _weights(

@@ -51,7 +51,7 @@ def test_training_finds_more_than_the_closed_form(dice, kind: ProgramKind) -> No
     begun, trained = (fit_two_layers(kind, rows, norm, 6, epochs) for epochs in (0, 150))
     relu = kind is ProgramKind.MLP
     before, after = (recall_of(layer, inputs, wanted, relu) for layer in (begun, trained))
-    assert after > before + (0.02 if relu else 0)
+    assert after > before + (0.005 if relu else 0)
     assert trained.inner.shape == (6, HIDDEN)
 
 

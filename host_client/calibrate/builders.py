@@ -123,7 +123,7 @@ class Builder:
     def farsight(self) -> bytes:
         """A small transformer over embeddings.
 
-        Raises ValueError for a share of the model's parameters, or a text, that is too small.
+        Raises RequestRefused for a share of the model's parameters, or a text, that is too small.
         """
         assert self._recipe.windows is not None, "this kind is fitted to text"
         shape = self._model.shape

@@ -26,6 +26,7 @@ from host_client.calibrate.training import (
     train,
     training_device,
 )
+from host_client.runtime.refusals import RequestRefused
 
 Progress = Callable[[int, int], None]
 
@@ -51,11 +52,11 @@ class SightText:
 def width_within(parameters: int, hidden: int, outputs: int) -> int:
     """The widest transformer of so many parameters; `outputs` are units of all layers.
 
-    Raises ValueError when not even the narrowest has so few.
+    Raises RequestRefused when not even the narrowest has so few.
     """
     width = _HEAD_DIM
     if _parameters(width, hidden, outputs) > parameters:
-        raise ValueError(
+        raise RequestRefused(
             f"a farsight of {parameters:,} parameters: the narrowest for this model has "
             f"{_parameters(width, hidden, outputs):,}. Give it a larger share"
         )
@@ -78,11 +79,11 @@ def fit_farsight(
 ) -> Farsight:
     """The last eighth of the windows is held back and decides which epoch is kept.
 
-    Raises ValueError for a text of one window.
+    Raises RequestRefused for a text of one window.
     """
     known, device = len(text.hidden) - text.held_back, training_device()
     if known == 0:
-        raise ValueError("a farsight is judged by text that it was not fitted to: give it more")
+        raise RequestRefused("a farsight is judged by text that it was not fitted to: give it more")
     tokens = text.hidden.shape[1]
     hidden = text.hidden.to(device)
     weights = _closed_form(hidden[:known], text.wanted, width, rms_eps)

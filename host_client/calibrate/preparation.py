@@ -106,7 +106,7 @@ def build_predictor(
     """A program file of this kind; without a recipe as `csd pack` loads it.
 
     Raises NoPredictor for `frequency` before calibration, UnsupportedModel for a model that the
-    kind has no place for, ValueError for a recipe that leaves a farsight no room or no text.
+    kind has no place for, RequestRefused for a recipe that leaves a farsight no room or no text.
     """
     if kind == Kind.FREQUENCY:
         return _frequency(drive, packed)

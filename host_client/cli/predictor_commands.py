@@ -81,17 +81,17 @@ def build(
     """Build a predictor for a packed model, and load it unless --to says where to put it."""
     with open_drive(drive, time) as opened:
         _, packed = open_model(opened, name_on_drive(model))
-        try:
-            windows = None
-            if fit or kind.needs_text:
-                tokens = tokens or (_SIGHT_TOKENS if kind is Kind.FARSIGHT else CALIBRATED_TOKENS)
-                tokenizer = load_tokenizer(resolve_source(model))
+        windows = None
+        if fit or kind.needs_text:
+            tokens = tokens or (_SIGHT_TOKENS if kind is Kind.FARSIGHT else CALIBRATED_TOKENS)
+            tokenizer = load_tokenizer(resolve_source(model))
+            try:
                 windows = calibration_windows(tokenizer, tokens, text or [])
-            recipe = Recipe(bits, rank, lookahead, context, size, epochs, windows)
-            with progress_count(f"building {kind.value}") as update:
-                data = build_predictor(opened, packed, kind.value, update, recipe)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint="--tokens") from None
+        recipe = Recipe(bits, rank, lookahead, context, size, epochs, windows)
+        with progress_count(f"building {kind.value}") as update:
+            data = build_predictor(opened, packed, kind.value, update, recipe)
         if to is not None:
             to.write_bytes(data)
             out.print(f"wrote {to} ({format_size(len(data))})")

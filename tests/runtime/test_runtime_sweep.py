@@ -19,7 +19,8 @@ NAME = "tied"
 def test_settings_read_as_they_are_written() -> None:
     assert parse("oracle:0.5") == Asked("oracle", AT_FFN, 0.5, corrected=False)
     assert parse("shadow@1:0.1+correct") == Asked("shadow", 1, 0.1, corrected=True)
-    assert parse("rollout:1").lookahead == 1
+    assert [parse(f"{name}:1").lookahead for name in ("rollout", "mlp", "lowrank")] == [1, 1, 1]
+    assert [parse(f"{name}:1").lookahead for name in ("svd", "farsight")] == [AT_FFN, AT_FFN]
     assert parse("rollout@4:0.33").name == "rollout@4 0.33"
     fewer = parse("rollout@2:0.5+correct+heads=0.67")
     assert fewer == Asked("rollout", 2, 0.5, corrected=True, heads=0.67)
@@ -59,6 +60,16 @@ def test_the_hottest_units_are_counted_over_all_layers() -> None:
     shares = torch.tensor([[0.9, 0.1, 0.8], [0.2, 0.7, 0.3]])
     assert hottest(shares, 0.5).tolist() == [[True, False, True], [False, True, False]]
     assert not hottest(shares, 0.0).any()
+
+
+def test_programs_are_built_for_the_settings_that_need_them(lab, tokens_of) -> None:
+    model = DenseModel(SafetensorsFolder(lab.zoo.folder(NAME)))
+    seen = torch.cat([tokens_of(lab, NAME, 16, seed=seed) for seed in range(8)])
+    asked = [parse(text) for text in ("svd:0.5", "lowrank:0.5", "lowrank@2:0.5", "mlp:0.5")]
+    prepared = prepare(model, seen, 4, False, 0.0, lambda done, total: None, asked)
+    assert set(prepared.programs) == {(row.program, row.lookahead) for row in asked}
+    report = sweep(prepared, seen[:2], asked, lambda done, total: None)
+    assert [outcome.recall > 0.5 for outcome in report.outcomes] == [True] * 4  # half by chance
 
 
 def test_a_sweep_gives_a_row_a_setting_and_a_plot(

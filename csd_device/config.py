@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from csd_device.errors import ConfigRefused
 from csd_device.fault_config import FaultsConfig
-from csd_protocol.units import MIB, format_size, parse_size
+from csd_protocol.units import MIB, NS_PER_S, format_size, parse_size
 
 SECTOR_BYTES = 4096  # one logical block, one mapping entry, one ECC codeword
 MAPPING_ENTRY_BYTES = 4
@@ -195,6 +195,11 @@ class CellTiming(_Section):
         return (self.program_ns,) if isinstance(self.program_ns, int) else self.program_ns
 
     @property
+    def mean_read_ns(self) -> int:
+        """tR over all page types, rounded up."""
+        return -(-sum(self.read_ns_by_type) // len(self.read_ns_by_type))
+
+    @property
     def channel_bytes_per_s(self) -> int:
         return self.channel_mega_transfers_per_s * 1_000_000 * self.channel_width_bits // 8
 
@@ -267,6 +272,12 @@ class Link(_Section):
         if "bytes_per_s" not in given:
             raise ValueError("either bytes_per_s, or generation (1 to 6) and lanes")
         return given
+
+    @property
+    def payload_bytes_per_s(self) -> int:
+        """What is left of the rate when every packet is full."""
+        packet_bytes = self.packet_payload_bytes + self.packet_overhead_bytes
+        return self.bytes_per_s * self.packet_payload_bytes // packet_bytes
 
     def transfer_ns(self, length_bytes: int) -> int:
         """Nanoseconds that `length_bytes` of payload take, rounded up."""
@@ -414,6 +425,17 @@ class DriveConfig(_Section):
     @property
     def capacity_bytes(self) -> int:
         return self.capacity_sectors * SECTOR_BYTES
+
+    @property
+    def nand_bytes_per_s(self) -> int:
+        """What full page reads give in a long stream: the buses or the arrays, whichever is less.
+
+        docs/TIMING.md has the closed forms; commands and status cycles are left out here.
+        """
+        geometry, timing = self.geometry, self.timing
+        buses = geometry.channels * timing.channel_bytes_per_s
+        arrays = geometry.planes * geometry.page_bytes * NS_PER_S // max(1, timing.mean_read_ns)
+        return min(buses, arrays)
 
     @property
     def mapping_bytes(self) -> int:

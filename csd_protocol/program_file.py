@@ -4,6 +4,7 @@ A program file is a safetensors file whose metadata names the kind; the host wri
 the drive checks and runs it. `docs/PROGRAMS.md` has the tensors of each kind and what they mean.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -380,6 +381,13 @@ def encode_oracle(
     """An `oracle` program file: what each true activity [units] is multiplied by."""
     tensors = {Tensor.DOWN_NORM.of(layer): _single(norm) for layer, norm in down_norms.items()}
     return save(tensors, _metadata(ProgramKind.ORACLE, model, role))
+
+
+def role_of(data: bytes) -> Role:
+    """The role that a program file names."""
+    header_bytes = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+    return Role(metadata.get(Key.ROLE, Role.FFN))
 
 
 def shadow_layer_bytes(hidden: int, units: int, bits: int, group: int) -> int:

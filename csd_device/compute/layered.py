@@ -30,6 +30,7 @@ class LayeredProgram(Generic[Layer]):
 
     kind: ClassVar[ProgramKind]
     memory_bytes = 0
+    kv_groups = 0
 
     def __init__(self, file: TensorFile) -> None:
         """Raises CommandError (Invalid Program Data) for a role that no program has."""

@@ -1,7 +1,7 @@
 """What a program is to the drive, and what one run of it costs."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,17 @@ class Run(Protocol):
         """
 
 
+@runtime_checkable
+class HeadsRun(Run, Protocol):
+    """A run that scores KV groups beside the units of its program's role."""
+
+    def score_heads(self, layer: int) -> tuple[F32, Cost]:
+        """Scores float32 [groups] of a layer's attention; as `score`.
+
+        Raises CommandError (Invalid Field) also where the input lies behind that attention.
+        """
+
+
 class Program(Protocol):
     """A loaded program: scores the units of the layers that it knows."""
 
@@ -89,6 +100,10 @@ class Program(Protocol):
     @property
     def role(self) -> Role:
         """The sites that it speaks for."""
+
+    @property
+    def kv_groups(self) -> int:
+        """KV groups of each layer that its runs score beside its role's units; 0: none do."""
 
     @property
     def dram_bytes(self) -> int:

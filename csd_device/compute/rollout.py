@@ -1,9 +1,10 @@
 """The `rollout` program: the drive carries the hidden state through its own low-bit layers.
 
 From a state behind attention of layer l it goes through the FFN of l, the attention of l + 1, the
-FFN of l + 1, and so on, and scores the units of each layer on the state that reaches its FFN. So
-one run answers for several layers, and a far one is scored on what its input will be, about, and
-not on what the residual stream was layers ago.
+FFN of l + 1, and so on, and scores the units of each layer on the state that reaches its FFN, and
+its KV groups by what each of them added on the way. So one run answers for several layers, and a
+far one is scored on what its input will be, about, and not on what the residual stream was layers
+ago.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 
 from csd_device.compute.attention import Attention, KeyValues
 from csd_device.compute.gated_ffn import GatedFfn, RowFormat, read_factors
+from csd_device.compute.half_rows import highest_over_rows
 from csd_device.compute.layer_names import numbered_layers
 from csd_device.compute.layered import LayeredProgram, check_width
 from csd_device.compute.low_bit_rows import PackedRows, rows_dot
@@ -20,7 +22,8 @@ from csd_device.compute.program import F32, NO_COST, U32, Cost, Origin, ProgramI
 from csd_device.compute.shadow import correct_ffn
 from csd_device.compute.tensor_file import TensorFile, invalid
 from csd_device.errors import CommandError
-from csd_protocol.program_file import ProgramKind, Tensor
+from csd_protocol.packed import Role
+from csd_protocol.program_file import Key, ProgramKind, Tensor
 from csd_protocol.status import Status
 
 
@@ -59,8 +62,8 @@ class LowBitAttention:
             v_bias=_bias(file, Tensor.V_BIAS.of(layer), kept),
         )
 
-    def add_to(self, entered: F32, memory: KeyValues, place: int, first: int) -> F32:
-        """States [rows, hidden] behind this attention, of those that entered the layer.
+    def mixed(self, entered: F32, memory: KeyValues, place: int, first: int) -> F32:
+        """The heads' values [rows, heads * head_dim] of states that entered the layer.
 
         `place` is the layer's in the memory, `first` the position of row 0.
         """
@@ -68,13 +71,24 @@ class LowBitAttention:
         queries = rows_dot(self.q, inputs) + self.q_bias
         keys = rows_dot(self.k, inputs) + self.k_bias
         values = rows_dot(self.v, inputs) + self.v_bias
-        attended = memory.attend(place, first, queries, keys, values)
+        return memory.attend(place, first, queries, keys, values)
+
+    def projected(self, mixed: F32) -> F32:
+        """What the heads' values [rows, heads * head_dim] add, [rows, hidden]."""
         ones = np.ones(self.o.columns, np.float32)
-        left: F32 = entered + rows_dot(self.o, self.format.plain(attended, ones))
-        return left
+        return rows_dot(self.o, self.format.plain(mixed, ones))
+
+    def group_norms(self, mixed: F32, groups: int) -> F32:
+        """L2 norms of what each KV group adds, [rows, groups]."""
+        rows, each = mixed.shape[0], np.arange(groups)
+        apart = np.zeros((rows, groups, groups, mixed.shape[1] // groups), np.float32)
+        apart[:, each, each] = mixed.reshape(rows, groups, -1)  # the others' values left out
+        added = self.projected(apart.reshape(rows * groups, -1))
+        norms: F32 = np.linalg.norm(added.reshape(rows, groups, -1), axis=2)
+        return norms
 
     def keep(self, entered: F32, memory: KeyValues, place: int, first: int) -> None:
-        """Keys and values of states [rows, hidden] that entered the layer; as `add_to`."""
+        """Keys and values of states [rows, hidden] that entered the layer; as `mixed`."""
         inputs = self.format.normed(entered, self.norm)
         keys, values = rows_dot(self.k, inputs) + self.k_bias, rows_dot(self.v, inputs)
         memory.keep(place, first, keys, values + self.v_bias)
@@ -84,6 +98,11 @@ class LowBitAttention:
         ops = 2 * rows * sum(matrix.count * matrix.columns for matrix in matrices)
         dram_bytes = sum(matrix.nbytes for matrix in matrices)
         return Cost(ops + shape.ops(first, rows), dram_bytes + shape.kept_bytes(first, rows))
+
+    def group_norms_cost(self, groups: int, rows: int) -> Cost:
+        """The output projection once more, by group, and the squares."""
+        ops = 2 * rows * self.o.count * (self.o.columns + groups)
+        return Cost(ops, self.o.nbytes)
 
     def keep_cost(self, rows: int) -> Cost:
         values = self.k.count * self.k.columns + self.v.count * self.v.columns
@@ -110,6 +129,8 @@ class RolloutProgram(LayeredProgram[RolloutLayer]):
     def __init__(self, file: TensorFile) -> None:
         """Raises CommandError (Invalid Program Data) naming the tensor or the metadata at fault."""
         super().__init__(file)
+        if self.role is not Role.FFN:
+            raise invalid(f"{Key.ROLE} is {self.role}; a rollout is of {Role.FFN}")
         check_activation(file)
         self.shape = Attention.of(file)
         format_ = RowFormat.of(file)
@@ -118,6 +139,7 @@ class RolloutProgram(LayeredProgram[RolloutLayer]):
             self._layers[layer] = RolloutLayer(attention, GatedFfn.read(file, format_, layer))
         self.first_layer = min(self._layers)
         self._check_layers()
+        self.kv_groups = self.shape.kv_heads
         self.memory_bytes = self.shape.memory_bytes(len(self._layers))
 
     def new_memory(self) -> KeyValues:
@@ -160,56 +182,95 @@ class _Rollout:
         self._program = program
         self._memory = memory
         self._first = first
-        self._state = hidden  # [rows, hidden], behind attention of `_layer` once that is scored
+        self._state = hidden  # [rows, hidden], behind attention of `_layer` once that is reached
         self._layer = origin.layer
         self._origin = origin
+        self._has_begun = False
         self._products: tuple[F32, F32] | None = None  # gate and up of `_layer`
         self._scores: dict[int, F32] = {}
+        self._mixed: dict[int, F32] = {}  # the heads' values in each attention that was passed
+        self._head_scores: dict[int, F32] = {}
         self._cost = NO_COST
 
     def score(self, layer: int) -> tuple[F32, Cost]:
+        self._reach(layer)
+        if layer == self._layer:
+            self._score_units()
+        return self._scores[layer], self._spent()
+
+    def score_heads(self, layer: int) -> tuple[F32, Cost]:
+        self._reach(layer)
+        if layer not in self._mixed:
+            raise CommandError(
+                Status.INVALID_FIELD,
+                f"the states are behind attention of layer {layer}, too late for its KV groups",
+            )
+        if layer not in self._head_scores:
+            attention, groups = self._program.layer(layer).attention, self._program.kv_groups
+            norms = attention.group_norms(self._mixed[layer], groups)
+            self._head_scores[layer] = highest_over_rows(norms)
+            self._cost += attention.group_norms_cost(groups, self._state.shape[0])
+        return self._head_scores[layer], self._spent()
+
+    def remember(self, layer: int) -> Cost:
+        """Keys and values of a layer, if the states entered it; else what passing it leaves."""
+        if self._origin != Origin(layer, behind_attention=False) or self._has_begun:
+            self._reach(layer)
+            return self._spent()
+        attention = self._program.layer(layer).attention
+        place = layer - self._program.first_layer
+        attention.keep(self._state, self._memory, place, self._first)
+        return attention.keep_cost(self._state.shape[0])
+
+    def _reach(self, layer: int) -> None:
+        """Takes the states to behind the attention of a layer, unless they were there.
+
+        Raises CommandError (Invalid Field) for a layer that they cannot come to.
+        """
         self._program.layer(layer)
         if layer < self._origin.layer:
             raise CommandError(
                 Status.INVALID_FIELD,
                 f"layer {layer} lies before layer {self._origin.layer}, where the states are from",
             )
-        if self._products is None:
+        if not self._has_begun:
             self._memory.begin(self._first, self._state.shape[0])
-            self._arrive(through_attention=not self._origin.behind_attention)
+            self._has_begun = True
+            if not self._origin.behind_attention:
+                self._attend()
         while self._layer < layer:
             self._leave()
-            self._arrive(through_attention=True)
-        cost, self._cost = self._cost, NO_COST
-        return self._scores[layer], cost
+            self._attend()
 
-    def remember(self, layer: int) -> Cost:
-        """Keys and values of a layer, if the states entered it; else what passing it leaves."""
-        if self._origin != Origin(layer, behind_attention=False) or self._products is not None:
-            return self.score(layer)[1]
-        attention = self._program.layer(layer).attention
-        place = layer - self._program.first_layer
-        attention.keep(self._state, self._memory, place, self._first)
-        return attention.keep_cost(self._state.shape[0])
+    def _attend(self) -> None:
+        """From what entered a layer to behind its attention."""
+        attention = self._program.layer(self._layer).attention
+        place = self._layer - self._program.first_layer
+        mixed = attention.mixed(self._state, self._memory, place, self._first)
+        self._state = self._state + attention.projected(mixed)
+        self._mixed[self._layer] = mixed
+        self._cost += attention.cost(self._program.shape, self._first, self._state.shape[0])
 
-    def _arrive(self, through_attention: bool) -> None:
-        """From states that entered a layer, or are behind its attention, to its scores."""
-        layer, rows = self._program.layer(self._layer), self._state.shape[0]
-        if through_attention:
-            place = self._layer - self._program.first_layer
-            self._state = layer.attention.add_to(self._state, self._memory, place, self._first)
-            self._cost += layer.attention.cost(self._program.shape, self._first, rows)
-        self._products = layer.ffn.products(self._state)
-        self._scores[self._layer] = layer.ffn.score(*self._products)
-        self._cost += layer.ffn.score_cost(rows)
+    def _score_units(self) -> tuple[F32, F32]:
+        """Gate and up products of the layer that was reached, which its scores follow from."""
+        if self._products is None:
+            ffn = self._program.layer(self._layer).ffn
+            self._products = ffn.products(self._state)
+            self._scores[self._layer] = ffn.score(*self._products)
+            self._cost += ffn.score_cost(self._state.shape[0])
+        return self._products
 
     def _leave(self) -> None:
         """From behind attention of a layer to what enters the next."""
         ffn = self._program.layer(self._layer).ffn
-        assert self._products is not None
-        self._state = self._state + ffn.contribution(*self._products)
+        self._state = self._state + ffn.contribution(*self._score_units())
         self._cost += ffn.contribution_cost(self._state.shape[0])
-        self._layer += 1
+        self._layer, self._products = self._layer + 1, None
+
+    def _spent(self) -> Cost:
+        """What was done since this was last asked."""
+        cost, self._cost = self._cost, NO_COST
+        return cost
 
 
 def _bias(file: TensorFile, name: str, size: int) -> F32:

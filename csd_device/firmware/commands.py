@@ -216,6 +216,7 @@ class PredictAndStage:
     observed: tuple[Observed, ...] = ()
     origin: Origin | None = None
     experts: TopExperts | None = None  # None: targets of all experts
+    heads: int | None = None  # the program that chooses KV groups; None: `program`
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,8 @@ def handle_predict_and_stage(context: Context, command: PredictAndStage) -> Stag
         gate = _program(context, model, command.experts.program, command)
         count = command.experts.count
         prediction.admit(top_experts(model, command.targets, gate, count, context.time))
+    if command.heads is not None:
+        prediction.leave_heads_to(_program(context, model, command.heads, command))
     return _stage(context, model, command.token, command.targets, prediction)
 
 

@@ -43,7 +43,16 @@ def _controller(controller: Controller) -> dict[str, Any]:
             "ops_per_s": config.compute.ops_per_s,
             "program_kinds": [kind.value for kind in ProgramKind],
         },
-        "link": {"bytes_per_s": config.link.bytes_per_s},
+        "link": {
+            "bytes_per_s": config.link.bytes_per_s,
+            "payload_bytes_per_s": config.link.payload_bytes_per_s,
+            "firmware_ns": config.link.firmware_ns,
+        },
+        "nand": {"bytes_per_s": config.nand_bytes_per_s, "read_ns": config.timing.mean_read_ns},
+        "dram": {
+            "bytes_per_s": config.dram.bandwidth_bytes_per_s,
+            "unit_cache_bytes": controller.stager.cache.capacity_bytes,
+        },
         "namespaces": [NAMESPACE],
     }
 
@@ -87,6 +96,7 @@ def _programs(controller: Controller) -> dict[str, Any]:
                 "kind": stored.program.kind.value,
                 "model": stored.program.model,
                 "role": stored.program.role.value,
+                "kv_groups": stored.program.kv_groups,
                 "bytes": stored.program.dram_bytes,
                 "active": stored.active,
                 "layers": list(stored.program.layers),

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from csd_device.compute import Program, ProgramInput, Run
+from csd_device.compute import HeadsRun, Program, ProgramInput, Run
 from csd_device.errors import CommandError
 from csd_device.firmware.hosts import Host, HostTable
 from csd_device.firmware.modelled_time import CommandTime
@@ -36,6 +36,7 @@ class Prediction:
         self._model, self._number, self._given = model, number, given
         self._run: Run | None = None
         self._experts: dict[int, U32] | None = None
+        self._heads: Prediction | None = None
 
     def admit(self, experts: dict[int, U32]) -> None:
         """Of targets of experts only these are staged, by layer."""
@@ -47,9 +48,13 @@ class Prediction:
             return True
         return bool((self._experts[site.layer] == site.expert).any())
 
+    def leave_heads_to(self, other: "Prediction") -> None:
+        """KV groups are scored by another program."""
+        self._heads = other
+
     @property
     def role(self) -> Role:
-        """The sites that the program speaks for. Raises CommandError as `top_units` does."""
+        """The sites that Execute Program asks it for. Raises CommandError as `top_units` does."""
         return self._program().role
 
     def top_units(self, site: SiteRecord, keep: float, time: CommandTime) -> U32:
@@ -71,8 +76,14 @@ class Prediction:
         remembers, Invalid Field for a model or a site that the program does not score or hidden
         states that are not finite.
         """
-        self._check_site(site)
-        scores, cost = self._begun().score(site.program_layer)
+        if self._heads is not None and site.role is Role.HEADS:
+            return self._heads.scores(site, time)
+        program, run = self._check_site(site), self._begun()
+        if site.role is program.role:
+            scores, cost = run.score(site.program_layer)
+        else:
+            assert isinstance(run, HeadsRun), f"{program.kind} says that it scores KV groups"
+            scores, cost = run.score_heads(site.program_layer)
         time.run_program(cost)
         return scores
 
@@ -122,7 +133,7 @@ class Prediction:
 
     def _check_site(self, site: SiteRecord) -> Program:
         program = self._program()
-        if site.role is not program.role or program.unit_count(site.program_layer) != site.count:
+        if _units_scored(program, site) != site.count:
             raise CommandError(
                 Status.INVALID_FIELD,
                 f"program {self._number} ({program.kind}, of {program.model}) does not score the "
@@ -133,6 +144,13 @@ class Prediction:
     def _check_finite(self) -> None:
         if not np.isfinite(self._given.hidden).all():
             raise CommandError(Status.INVALID_FIELD, "hidden states are not finite")
+
+
+def _units_scored(program: Program, site: SiteRecord) -> int:
+    """How many units the program takes the site to have; 0: it does not speak for such sites."""
+    if site.role is program.role:
+        return program.unit_count(site.program_layer)
+    return program.kv_groups if site.role is Role.HEADS else 0
 
 
 def check_ascending(site: SiteRecord, units: U32) -> None:

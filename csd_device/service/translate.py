@@ -155,6 +155,7 @@ def _predict_and_stage(body: pb.PredictAndStage) -> fw.Command:
         observed=_observed(body.observed),
         origin=_origin(body),
         experts=_experts(body),
+        heads=body.heads if body.HasField("heads") else None,
     )
 
 

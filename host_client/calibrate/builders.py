@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from csd_protocol.packed import Role
 from csd_protocol.program_file import (
     AttentionShape,
     ProgramKind,
     RolloutLayer,
     SvdLayer,
     TwoLayers,
+    encode_frequency,
     encode_lowrank,
     encode_mlp,
     encode_oracle,
@@ -26,10 +28,10 @@ from csd_protocol.program_file import (
     encode_window,
 )
 from host_client.calibrate import farsight_fit, two_layers
-from host_client.calibrate.calibration import walk
+from host_client.calibrate.calibration import LayerStatistics, walk
 from host_client.calibrate.dense_model import DecoderLayer, DenseModel
-from host_client.calibrate.farsight_fit import SightText, fit_farsight, width_within
-from host_client.calibrate.labels import LayerLabels, label_layers
+from host_client.calibrate.farsight_fit import SightText, fit_farsight, width_for
+from host_client.calibrate.labels import Labels, LayerLabels, SoftLabels, label_layers
 from host_client.calibrate.low_bit_layers import group_of, round_layer
 from host_client.calibrate.two_layers import Rows, fit_two_layers
 from host_client.model.errors import UnsupportedModel
@@ -38,6 +40,9 @@ F32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
 WINDOW_TOKENS, WINDOW_DECAY = 5, 0.8
+
+# A layer's number, states [windows, tokens, hidden], the program's RMSNorm weight, and labels.
+_Examples = tuple[int, torch.Tensor, torch.Tensor, Labels | SoftLabels]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +53,10 @@ class Recipe:
     rank: int = 64
     lookahead: int = 1
     context: int = 2048
-    size: float = 0.04  # of a farsight: its share of the model's parameters
+    size: float | None = None  # of a farsight: its share of the model's parameters
     epochs: int | None = None  # of gradient training; None: as many as the kind needs
     windows: torch.Tensor | None = None  # int64 [windows, tokens] of calibration text
+    role: Role = Role.FFN  # whose units are scored; heads: by frequency, lowrank and mlp
 
 
 class Builder:
@@ -110,15 +116,22 @@ class Builder:
         norms = {layer.number: layer.down_norm.numpy() for layer in self._layers()}
         return encode_oracle(self._name, norms)
 
+    def head_norms(self) -> bytes:
+        """A `frequency` of heads: the mean norm of what each KV group adds, whatever the token."""
+        means = {n.layer.number: n.head_norms.mean((0, 1)).numpy() for n in self._walk()}
+        return encode_frequency(self._name, means, role=Role.HEADS)
+
     def lowrank(self) -> bytes:
-        """Two linear layers, each layer's states to its wanted units."""
+        """Two linear layers, each layer's states to what it wants."""
         layers = self._two_layers(ProgramKind.LOWRANK)
-        return encode_lowrank(self._name, layers, rms_eps=self._model.rms_eps)
+        eps, role = self._model.rms_eps, self._recipe.role
+        return encode_lowrank(self._name, layers, rms_eps=eps, role=role)
 
     def mlp(self) -> bytes:
         """The same with a ReLU between them."""
         layers = self._two_layers(ProgramKind.MLP)
-        return encode_mlp(self._name, layers, rms_eps=self._model.rms_eps)
+        eps, role = self._model.rms_eps, self._recipe.role
+        return encode_mlp(self._name, layers, rms_eps=eps, role=role)
 
     def farsight(self) -> bytes:
         """A small transformer over embeddings.
@@ -127,8 +140,8 @@ class Builder:
         """
         assert self._recipe.windows is not None, "this kind is fitted to text"
         shape = self._model.shape
-        parameters = int(self._recipe.size * self._model.parameters)
-        width = width_within(parameters, shape.hidden, shape.layers * shape.ffn)
+        outputs = shape.layers * shape.ffn
+        width = width_for(self._model.parameters, self._recipe.size, shape.hidden, outputs)
         wanted = [found.wanted for found in self._labelled()]
         text = SightText(self._model.embed(self._recipe.windows), wanted)
         epochs = self._epochs(farsight_fit.EPOCHS_DEFAULT)
@@ -154,16 +167,28 @@ class Builder:
         assert self._recipe.windows is not None, "this kind is fitted to text"
         return label_layers(self._model, self._recipe.windows, lookaheads, self._progress)
 
+    def _walk(self, *lookaheads: int) -> Iterator[LayerStatistics]:
+        assert self._recipe.windows is not None, "this kind is fitted to text"
+        return walk(self._model, self._recipe.windows, lookaheads, self._progress)
+
     def _two_layers(self, kind: ProgramKind) -> dict[int, TwoLayers]:
         recipe = self._recipe
         epochs = self._epochs(two_layers.EPOCHS_DEFAULT)
         layers = {}
-        for found in self._labelled(recipe.lookahead):
-            seen = self._model.ffn_input(found.layer, found.seen[recipe.lookahead]).flatten(0, 1)
-            rows = Rows(seen, found.wanted)
-            norm = found.layer.norm
-            layers[found.layer.number] = fit_two_layers(kind, rows, norm, recipe.rank, epochs)
+        for number, state, norm, wanted in self._examples(recipe.lookahead):
+            rows = Rows(self._model.normed(state, norm).flatten(0, 1), wanted)
+            layers[number] = fit_two_layers(kind, rows, norm, recipe.rank, epochs)
         return layers
+
+    def _examples(self, lookahead: int) -> Iterator[_Examples]:
+        if self._recipe.role is Role.HEADS:
+            for passed in self._walk(lookahead):
+                soft, layer = SoftLabels.of(passed.head_norms), passed.layer
+                yield layer.number, passed.seen[lookahead], layer.attn_norm, soft
+        else:
+            for found in self._labelled(lookahead):
+                layer = found.layer
+                yield layer.number, found.seen[lookahead], layer.norm, found.wanted
 
     def _epochs(self, default: int) -> int:
         return default if self._recipe.epochs is None else self._recipe.epochs
@@ -174,7 +199,7 @@ class Builder:
             for layer in self._layers():
                 yield layer.number, round_layer(layer, bits, group)
         else:
-            for found in walk(self._model, self._recipe.windows, progress=self._progress):
+            for found in self._walk():
                 yield found.layer.number, round_layer(found.layer, bits, group, found.moments)
 
 

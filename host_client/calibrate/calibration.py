@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from host_client.calibrate.choosers import top
 from host_client.calibrate.dense_model import DecoderLayer, DenseModel
 from host_client.calibrate.lab import WANTED_SHARE
 from host_client.calibrate.low_bit_layers import Moments
+from host_client.calibrate.selection import top
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]

@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from host_client.calibrate.dense_model import DecoderLayer, DenseModel
+from host_client.calibrate.selection import top
 
 AT_FFN = -1
 
@@ -209,11 +210,3 @@ def unit_scores(model: DenseModel, layer: DecoderLayer, attended: torch.Tensor) 
     """|silu(gate x) * (up x)| * ||down column|| for a state behind attention."""
     activity = model.activity(layer, model.ffn_input(layer, attended))
     return activity.abs_().mul_(layer.down_norm)
-
-
-def top(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """A mask of the `count` highest of the last dimension, lower indices first among equals."""
-    if count <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    best = scores.topk(count, dim=-1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)

@@ -63,6 +63,8 @@ def _check_known(checkpoint: Checkpoint) -> None:
 class DenseModel:
     """A LLaMA checkpoint: its layers, and the arithmetic of one.
 
+    Weights are rounded to 16 bits as they are when the model is packed, so that units near a
+    threshold fall as they do on a drive.
     `dtype`: of the factors of matrix products; sums, norms and the residual stream are float32.
     """
 
@@ -71,6 +73,7 @@ class DenseModel:
         find_family(checkpoint.config, checkpoint.source).check(checkpoint.config)
         _check_known(checkpoint)
         self._checkpoint = checkpoint
+        self._packed_dtype = getattr(torch, checkpoint.dtype)
         self.dtype = dtype
         self.shape: LlamaShape = llama_shape(checkpoint.config)
         self.rms_eps = float(checkpoint.config.get("rms_norm_eps", 1e-6))
@@ -206,7 +209,8 @@ class DenseModel:
         return F.linear(x.to(self.dtype), rows.to(self.dtype)).float()
 
     def _read(self, name: str) -> torch.Tensor:
-        return self._checkpoint.read_rows(name, 0, self._checkpoint.shape(name)[0]).float()
+        rows = self._checkpoint.read_rows(name, 0, self._checkpoint.shape(name)[0])
+        return rows.to(self._packed_dtype).float()
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, rms_eps: float) -> torch.Tensor:

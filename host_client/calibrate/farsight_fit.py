@@ -31,6 +31,7 @@ from host_client.runtime.refusals import RequestRefused
 Progress = Callable[[int, int], None]
 
 EPOCHS_DEFAULT = 6
+_SHARE_DEFAULT = 0.04  # of the model's parameters
 _RATE, _BATCH = 1e-3, 2  # windows a step
 _LAYERS_AT_ONCE = 10
 _BLOCKS, _HEAD_DIM, _ROPE_THETA = 2, 16, 1e4
@@ -49,12 +50,16 @@ class SightText:
         return max(1, len(self.hidden) // HELD_BACK)
 
 
-def width_within(parameters: int, hidden: int, outputs: int) -> int:
-    """The widest transformer of so many parameters; `outputs` are units of all layers.
+def width_for(of_model: int, share: float | None, hidden: int, outputs: int) -> int:
+    """The widest transformer with such a share of a model's parameters; `outputs`: all its units.
 
-    Raises RequestRefused when not even the narrowest has so few.
+    Without a share 4 %, or more if the narrowest needs it. Raises RequestRefused when not even the
+    narrowest has as few as were asked for.
     """
     width = _HEAD_DIM
+    parameters = int((_SHARE_DEFAULT if share is None else share) * of_model)
+    if share is None and _parameters(width, hidden, outputs) > parameters:
+        return width
     if _parameters(width, hidden, outputs) > parameters:
         raise RequestRefused(
             f"a farsight of {parameters:,} parameters: the narrowest for this model has "

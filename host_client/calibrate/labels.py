@@ -1,7 +1,8 @@
 """What each token of a text wants of each layer, and what is known of it how early.
 
-A layer's labels are its top third of units, a bit each: what a trained program is to say. The
-states are those that a program would be asked with (`choosers`).
+A layer's labels are its top third of units, a bit each: what a trained program is to say. KV groups
+are too few for yes or no: theirs are shares. The states are those that a program would be asked
+with (`choosers`).
 """
 
 from collections import deque
@@ -13,9 +14,9 @@ import numpy.typing as npt
 import torch
 
 from host_client.calibrate.calibration import seen_state
-from host_client.calibrate.choosers import top
 from host_client.calibrate.dense_model import DecoderLayer, DenseModel
 from host_client.calibrate.lab import WANTED_SHARE
+from host_client.calibrate.selection import top
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -35,7 +36,7 @@ class Labels:
     @classmethod
     def of(cls, mask: torch.Tensor) -> "Labels":
         """mask: bool [..., outputs]; all but the last dimension become rows."""
-        flat = mask.flatten(0, -2)
+        flat = mask.flatten(0, -2).cpu()
         return cls(np.packbits(flat.numpy(), axis=1), flat.shape[1], int(flat[0].sum()))
 
     def __len__(self) -> int:
@@ -56,6 +57,25 @@ class Labels:
         bits = self.bits[which if isinstance(which, slice) else which.numpy()]
         unpacked = np.unpackbits(bits, axis=1, count=self.outputs)
         return torch.from_numpy(unpacked).to(device).float()
+
+
+@dataclass(frozen=True, slots=True)
+class SoftLabels:
+    """What share of a row's sum each output has, where outputs are few: used as `Labels` are."""
+
+    values: torch.Tensor  # float32 [rows, outputs], on the CPU
+    wanted: int  # outputs that a row's recall is judged by: half, rounded up
+
+    @classmethod
+    def of(cls, sizes: torch.Tensor) -> "SoftLabels":
+        """sizes: [..., outputs], none negative; all but the last dimension become rows."""
+        flat = sizes.flatten(0, -2).float().cpu()
+        shares = flat / flat.sum(-1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+        return cls(shares, -(-flat.shape[1] // 2))
+
+    def rows(self, which: slice | torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+        """float32 [rows, outputs] of some rows."""
+        return self.values[which].to(device)
 
 
 @dataclass(frozen=True, slots=True)

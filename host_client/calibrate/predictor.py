@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_protocol.packed import PackedModel
-from csd_protocol.program_file import encode_frequency
+from csd_protocol.program_file import encode_frequency, role_of
 from host_client.calibrate.packed_units import site_values
 from host_client.driver import Drive
 from host_client.runtime.plain_reads import PlainReads
@@ -28,9 +28,13 @@ def read_down_norms(drive: Drive, packed: PackedModel) -> F32:
 
 
 def load_predictor(drive: Drive, packed: PackedModel, kind: str, data: bytes) -> int:
-    """Load and activate a program in place of the model's earlier one of its kind; its number."""
+    """Load and activate a program in place of the model's earlier one of its kind and role.
+
+    Returns its number.
+    """
+    like_it = (kind, packed.name, role_of(data))
     for entry in drive.programs():
-        if entry["kind"] == kind and entry["model"] == packed.name:
+        if (entry["kind"], entry["model"], entry["role"]) == like_it:
             drive.unload_program(entry["program"])
     number = free_program_number(drive)
     drive.load_program(number, data, activate=True)

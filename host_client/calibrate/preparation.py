@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from csd_protocol.packed import PackedModel
+from csd_protocol.packed import PackedModel, Role
 from csd_protocol.status import Status
 from host_client.calibrate.builders import Builder, Recipe
 from host_client.calibrate.calibration import walk
@@ -33,7 +33,7 @@ from host_client.model.catalog import open_model, read_frequencies, store_freque
 from host_client.model.errors import UnsupportedModel
 from host_client.runtime.causal_lm import CsdModelForCausalLM, runtime_of
 from host_client.runtime.guidance import Programs
-from host_client.runtime.refusals import NoPredictor
+from host_client.runtime.refusals import NoPredictor, RequestRefused
 
 CALIBRATION_TOKENS = 2048
 _NO_ROOM = (
@@ -43,6 +43,7 @@ _NO_ROOM = (
 )
 
 Progress = Callable[[int, int], None]
+Maker = Callable[[Builder], bytes]
 
 
 def calibrate(
@@ -91,9 +92,9 @@ class Kind(StrEnum):
     ORACLE = "oracle"
     GATE = "gate"
 
-    @property
-    def needs_text(self) -> bool:
-        return self in (Kind.LOWRANK, Kind.MLP, Kind.FARSIGHT, Kind.WINDOW)
+    def needs_text(self, role: Role = Role.FFN) -> bool:
+        of_text = (Kind.LOWRANK, Kind.MLP, Kind.FARSIGHT, Kind.WINDOW)
+        return self in of_text or role is Role.HEADS
 
 
 def build_predictor(
@@ -106,19 +107,41 @@ def build_predictor(
     """A program file of this kind; without a recipe as `csd pack` loads it.
 
     Raises NoPredictor for `frequency` before calibration, UnsupportedModel for a model that the
-    kind has no place for, RequestRefused for a recipe that leaves a farsight no room or no text.
+    kind has no place for, RequestRefused for a role that the kind does not have and for a recipe
+    that leaves a farsight no room or no text.
     """
+    recipe = recipe or Recipe()
+    if recipe.role is Role.HEADS:
+        return _built(drive, packed, _maker_for_heads(kind), recipe, progress)
     if kind == Kind.FREQUENCY:
         return _frequency(drive, packed)
     if kind == Kind.GATE:
         return build_gate(drive, packed, progress)
     if kind == Kind.SHADOW and not knows(packed.config):
-        return build_shadow(drive, packed, recipe or Recipe(), progress)
+        return build_shadow(drive, packed, recipe, progress)
+    return _built(drive, packed, getattr(Builder, Kind(kind).value), recipe, progress)
+
+
+def _built(
+    drive: Drive, packed: PackedModel, make: Maker, recipe: Recipe, progress: Progress
+) -> bytes:
     model = DenseModel(PackedCheckpoint(drive, packed))
-    builder = Builder(packed.name, model, recipe or Recipe(), progress)
     with torch.no_grad():
-        made: bytes = getattr(builder, Kind(kind).value)()
-    return made
+        return make(Builder(packed.name, model, recipe, progress))
+
+
+def _maker_for_heads(kind: str) -> Maker:
+    makers: dict[str, Maker] = {
+        Kind.FREQUENCY: Builder.head_norms,
+        Kind.LOWRANK: Builder.lowrank,
+        Kind.MLP: Builder.mlp,
+    }
+    if kind not in makers:
+        raise RequestRefused(
+            f"a {kind} of role heads: KV groups are scored by {', '.join(makers)}, and by a "
+            f"rollout without any role. Build one of those"
+        )
+    return makers[kind]
 
 
 def _frequency(drive: Drive, packed: PackedModel) -> bytes:

@@ -1,59 +1,56 @@
-"""Perplexity of a quality setting beside the dense model's, on the same positions of the same text.
+"""A model's losses on text: the dense model's in whole windows, a kept fraction's as it is used,
+token by token through the drive, its own KV cache behind it."""
 
-The dense figure is the exact runtime's over whole windows; a kept fraction is measured as it is
-used, token by token through the drive, its own KV cache behind it.
-"""
-
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from host_client.calibrate.losses import Losses, Truth
+
 Progress = Callable[[int, int], None]  # tokens done, tokens in all
 
 
-def perplexity_in_windows(
-    model: PreTrainedModel, windows: list[torch.Tensor], progress: Progress
-) -> float:
-    """Each window in one pass: every unit is used. windows: int64 [1, tokens]."""
-    return _perplexity(model, windows, progress, _window_losses)
+def dense_truths(
+    model: PreTrainedModel, windows: Sequence[torch.Tensor], progress: Progress
+) -> list[Truth]:
+    """Each window in one pass: every unit is used. windows: int64 [1, tokens].
 
-
-def perplexity_token_by_token(
-    model: PreTrainedModel, windows: list[torch.Tensor], progress: Progress
-) -> float:
-    """Each token in a pass of its own, as in decoding: the kept fraction applies."""
-    return _perplexity(model, windows, progress, _decoded_losses)
-
-
-def _perplexity(
-    model: PreTrainedModel,
-    windows: list[torch.Tensor],
-    progress: Progress,
-    losses_of: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor],
-) -> float:
-    losses, done = [], 0
+    A truth holds a float32 a token and word of the vocabulary.
+    """
+    truths, done = [], 0
     total = sum(window.numel() for window in windows)
     with torch.inference_mode():
         for window in windows:
-            losses.append(losses_of(model, window))
+            logits = model(window, use_cache=False).logits[0, :-1]
+            truths.append(Truth.of(logits.float(), window[0, 1:]))
             done += window.numel()
             progress(done, total)
-    return math.exp(float(torch.cat(losses).double().mean()))
+    return truths
 
 
-def _window_losses(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
-    logits = model(window, use_cache=False).logits[0, :-1]
-    return torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none")
+def decoded_losses(
+    model: PreTrainedModel,
+    windows: Sequence[torch.Tensor],
+    truths: Sequence[Truth],
+    progress: Progress,
+) -> Losses:
+    """Each token in a pass of its own, as in decoding: the kept fraction applies."""
+    losses, done = Losses(), 0
+    total = sum(window.numel() for window in windows)
+    with torch.inference_mode():
+        for window, truth in zip(windows, truths, strict=True):
+            losses += truth.losses_of(_decoded_logits(model, window))
+            done += window.numel()
+            progress(done, total)
+    return losses
 
 
-def _decoded_losses(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
+def _decoded_logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
+    """float32 [tokens - 1, vocabulary]."""
     cache = DynamicCache(config=model.config)
-    losses = []
-    for position in range(window.shape[1] - 1):
-        token = window[:, position : position + 1]
-        logits = model(token, past_key_values=cache, use_cache=True).logits[0, -1:]
-        target = window[0, position + 1 : position + 2]
-        losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-    return torch.cat(losses)
+    logits = [
+        model(token, past_key_values=cache, use_cache=True).logits[0, -1:].float()
+        for token in window[:, :-1].split(1, dim=1)
+    ]
+    return torch.cat(logits)

@@ -78,17 +78,26 @@ class _Question:
 def find_program(
     drive: Drive, model: str, kind: str | None = None, program: int | None = None
 ) -> dict[str, Any]:
-    """The entry of an active program of a model, by its number or kind. Raises NoPredictor."""
+    """The entry of an active program of a model, by its number, or a kind that is not of heads.
+
+    Raises NoPredictor.
+    """
     entries = [entry for entry in drive.programs() if entry["model"] == model and entry["active"]]
     for entry in entries:
-        if program == entry["program"] or (program is None and kind == entry["kind"]):
+        of_kind = program is None and kind == entry["kind"] and entry["role"] != Role.HEADS
+        if program == entry["program"] or of_kind:
             return entry
-    known = ", ".join(f"{entry['program']} ({entry['kind']})" for entry in entries) or "none"
+    known = ", ".join(_named(entry) for entry in entries) or "none"
     sought = f"program {program}" if program is not None else f"a {kind}"
     raise NoPredictor(
         f"{sought} for {model} is not active on the drive; its programs there: {known}. "
         "Build one with `csd predictor build`, or name a program file"
     )
+
+
+def _named(entry: dict[str, Any]) -> str:
+    of_heads = " of heads" * (entry["role"] == Role.HEADS)
+    return f"{entry['program']} ({entry['kind']}{of_heads})"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The sweep of `csd bench quality`: programs, kept shares and corrections, measured in one lab.
 
-Low-bit rows are rounded once, from calibration text where `fitted` says so; then every setting goes
-through the held-out text. The two never meet.
+Every low-bit rounding that a setting asks for is made once, from calibration text where it is
+fitted; then every setting goes through the held-out text. The two never meet.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from host_client.calibrate.builders import WINDOW_DECAY, WINDOW_TOKENS, Builder, Recipe
-from host_client.calibrate.calibration import walk
+from host_client.calibrate.calibration import LayerStatistics, walk
 from host_client.calibrate.choosers import (
     AT_FFN,
     Chooser,
@@ -22,13 +22,31 @@ from host_client.calibrate.choosers import (
     Shadow,
     Window,
 )
-from host_client.calibrate.dense_model import DenseModel
-from host_client.calibrate.lab import WANTED_SHARE, Lab, LabReport, Setting
+from host_client.calibrate.dense_model import DecoderLayer, DenseModel
+from host_client.calibrate.lab import WANTED_SHARE, Lab, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
+from host_client.calibrate.outcome import QualityReport
 from host_client.calibrate.program_choosers import chooser_of
 from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer
+from host_client.runtime.quality import Quality
+from host_client.runtime.refusals import InvalidQuality
 
 Progress = Callable[[int, int], None]
+
+BITS_DEFAULT = 4
+_EPOCHS = 2  # of programs that are trained here; a drive's are trained for longer
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One rounding of the layers that low-bit programs hold."""
+
+    bits: int = BITS_DEFAULT
+    fitted: bool = False  # rounded with a look at calibration text, else to the nearest level
+
+    @property
+    def name(self) -> str:
+        return f"{self.bits} bits{', fitted' * self.fitted}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +54,7 @@ class Prepared:
     """What the choosers of a model draw on."""
 
     model: DenseModel
-    views: dict[int, LayerViews]  # rows by name: "4", "3 fitted"
+    views: dict[int, LayerViews]  # low-bit layers by the name of their `Rows`
     shares: torch.Tensor  # float32 [layers, units]: how often each unit is wanted
     head_norms: torch.Tensor  # float32 [layers, groups]: mean norm of what each KV group adds
     resident: torch.Tensor  # bool [layers, units]: the units that the host holds
@@ -50,85 +68,119 @@ class Asked:
     program: str
     lookahead: int
     kept: float
-    corrected: bool
+    corrected: bool = False
     heads: float = 1.0
+    rows: Rows | None = None  # None: no low-bit rows take part
 
     @property
     def name(self) -> str:
-        ahead = "" if self.lookahead == AT_FFN else f"@{self.lookahead}"
+        """What `parse` reads this from."""
         words = [f"{self.kept:g}"] + ["correct"] * self.corrected
         words += [f"heads={self.heads:g}"] * (self.heads < 1)
-        return f"{self.program}{ahead} {'+'.join(words)}"
+        if self.rows is not None:
+            words += [f"bits={self.rows.bits}"] * (self.rows.bits != BITS_DEFAULT)
+            words += ["fit"] * self.rows.fitted
+        return f"{self.program}{_ahead(self.lookahead)}:{'+'.join(words)}"
+
+    @property
+    def curve(self) -> str:
+        """The points of a plot that belong together: those that differ in what is kept alone."""
+        words = ["corrected"] * self.corrected + ["fewer heads"] * (self.heads < 1)
+        if self.rows is not None:
+            words += [f"{self.rows.bits} bits"] * (self.rows.bits != BITS_DEFAULT)
+            words += ["fitted"] * self.rows.fitted
+        return ", ".join([f"{self.program}{_ahead(self.lookahead)}", *words])
+
+
+def _ahead(lookahead: int) -> str:
+    return "" if lookahead == AT_FFN else f"@{lookahead}"
 
 
 BUILT = ("svd", "lowrank", "mlp", "farsight")  # as for a drive, from program files
 PROGRAMS = ("oracle", "shadow", "rollout", *BUILT, "frequency", "window")
-_NEED_LOOKAHEAD = ("shadow", "rollout", "svd", "lowrank", "mlp")
-_ONE_AHEAD = ("rollout", "lowrank", "mlp")  # unless said otherwise; others at the FFN's input
+TAKE_LOOKAHEAD = ("shadow", "rollout", "svd", "lowrank", "mlp")
+_ONE_AHEAD = ("rollout", "lowrank", "mlp")  # unless said otherwise; others at the FFN's own input
+_LOW_BIT = ("shadow", "rollout")  # score by low-bit rows
 _SCORE_HEADS = ("oracle", "rollout", "frequency")
+_BITS = (2, 3, 4, 8)
+GRAMMAR = "PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE][+bits=N][+fit]"
 DEFAULT_SETTINGS = (
-    "oracle:0.5 oracle:0.33 oracle:0.1 shadow@0:0.5 shadow@1:0.5 shadow@1:0.33 "
-    "rollout@0:0.5 rollout@1:0.5 rollout@1:0.33 rollout@1:0.2 rollout@4:0.5 rollout@4:0.33 "
-    "rollout@1:0.33+correct rollout@1:0.1+correct frequency:0.5 window:0.5"
-).split()
+    *("oracle:0.5", "oracle:0.33", "oracle:0.25", "oracle:0.1"),
+    *("shadow@1:0.5", "shadow@1:0.33", "frequency:0.5", "window:0.5"),
+    *("rollout@0:0.5", "rollout@0:0.33", "rollout@4:0.5", "rollout@4:0.33"),
+    *("rollout@1:0.5", "rollout@1:0.33", "rollout@1:0.25", "rollout@1:0.1"),
+    *("rollout@1:0.33+correct", "rollout@1:0.25+correct", "rollout@1:0.1+correct"),
+    *("rollout@1:0.5+fit", "rollout@1:0.33+fit"),
+    *("rollout@1:0.33+correct+fit", "rollout@1:0.25+correct+fit", "rollout@1:0.1+correct+fit"),
+    *("shadow:0.1+correct+bits=3", "shadow:0.1+correct+bits=3+fit"),
+    *("rollout@1:0.1+correct+bits=3", "rollout@1:0.1+correct+bits=3+fit"),
+    *("svd@1:0.5", "svd@1:0.33", "lowrank@1:0.5", "lowrank@1:0.33"),
+    *("mlp@1:0.5", "mlp@1:0.33", "farsight:0.5", "farsight:0.33"),
+)
 
 
 def parse(text: str) -> Asked:
-    """PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE], as in rollout@1:0.33+correct.
-
-    Raises ValueError.
-    """
-    program, _, quality = text.partition(":")
-    program, _, ahead = program.partition("@")
-    kept, *words = quality.split("+")
-    corrected = words[:1] == ["correct"]
-    heads = [word.removeprefix("heads=") for word in words[corrected:]] or ["1"]
+    """One setting as `GRAMMAR` has it, such as rollout@1:0.33+correct. Raises ValueError."""
+    program, _, rest = text.partition(":")
+    program, at, ahead = program.partition("@")
+    rows, quality = _rows_of(rest)
     lookahead = int(ahead) if ahead.isdigit() else AT_FFN
-    if program in _ONE_AHEAD and not ahead:
+    if program in _ONE_AHEAD and not at:
         lookahead = 1
-    asked = Asked(program, lookahead, _share(kept), corrected, _share(heads[0]))
-    wrong_ahead = bool(ahead) and (program not in _NEED_LOOKAHEAD or not ahead.isdigit())
-    said = f"{program}{'@' * bool(ahead)}{ahead}:{kept}" + "+correct" * corrected
-    said += f"+heads={heads[0]}" * (len(words) > corrected)
-    if program not in PROGRAMS or wrong_ahead or 0 in (asked.kept, asked.heads) or said != text:
+    wrong_ahead = bool(at) and (program not in TAKE_LOOKAHEAD or not ahead.isdigit())
+    if quality is None or program not in PROGRAMS or wrong_ahead:
         raise ValueError(
-            f"{text!r} is no setting. Write PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE], "
+            f"{text!r} is no setting. Write {GRAMMAR}, "
             f"PROGRAM one of {', '.join(PROGRAMS)}, like rollout@1:0.33+correct"
         )
-    if asked.heads < 1 and (program not in _SCORE_HEADS or lookahead == 0):
+    if quality.heads < 1 and (program not in _SCORE_HEADS or lookahead == 0):
         raise ValueError(
             f"{text!r}: heads are chosen by {', '.join(_SCORE_HEADS)}, and by a rollout one layer "
             "ahead or more, like rollout@1:0.5+heads=0.67"
         )
-    return asked
+    if program in _LOW_BIT or quality.corrected:
+        rows = rows or Rows()
+    elif rows is not None:
+        raise ValueError(
+            f"{text!r}: {program} has no low-bit rows to round. Leave bits and fit out, or add "
+            "+correct"
+        )
+    return Asked(program, lookahead, quality.kept, quality.corrected, quality.heads, rows)
 
 
-def _share(text: str) -> float:
-    """A share in (0, 1]; 0 for what is none."""
-    share = float(text) if text.replace(".", "", 1).isdigit() else 0.0
-    return share if share <= 1 else 0.0
+def _rows_of(text: str) -> tuple[Rows | None, Quality | None]:
+    """The rounding that is asked for, if one is, and what remains; None for what is no quality."""
+    words = text.split("+")
+    bits, fitted = BITS_DEFAULT, words[-1] == "fit"
+    count = len(words)
+    words = words[: count - fitted]
+    if words and words[-1] in {f"bits={bits}" for bits in _BITS}:
+        bits = int(words.pop().removeprefix("bits="))
+    try:
+        quality = Quality.parse("+".join(words))
+    except InvalidQuality:
+        quality = None
+    said_exact = words == ["exact"]
+    rows = Rows(bits, fitted) if len(words) < count else None
+    return rows, None if said_exact else quality
 
 
 def prepare(
     model: DenseModel,
     windows: torch.Tensor,
-    bits: int,
-    fitted: bool,
+    settings: Sequence[Asked],
     resident_share: float,
     progress: Progress,
-    settings: Sequence[Asked] = (),
 ) -> Prepared:
-    """One walk of the calibration windows: counts, and the low-bit rows of every layer.
+    """One walk of the calibration windows: counts, and what the settings need of each layer.
 
-    What `settings` need beside that is built, a walk a program.
+    Programs of files are built beside it, a walk each.
     """
-    shape = model.shape
-    group = group_of(shape.hidden, shape.heads * shape.head_dim)
+    roundings = {asked.rows for asked in settings if asked.rows is not None}
     views, counts, norms = {}, [], []
     for found in walk(model, windows, progress=progress):
-        rows = round_layer(found.layer, bits, group, found.moments if fitted else None)
-        low = values_of(found.layer, rows, bits).cast(model.dtype)
-        views[found.layer.number] = LayerViews(found.layer.cast(model.dtype), {"low": low})
+        low = {rows.name: _rounded(model, found, rows) for rows in roundings}
+        views[found.layer.number] = LayerViews(found.layer.cast(model.dtype), low)
         counts.append(torch.from_numpy(found.counts.astype("float32")))
         norms.append(found.head_norms.mean((0, 1)))
     shares = torch.stack(counts) / windows.numel()
@@ -145,10 +197,17 @@ def _build(
     for asked in settings:
         key = (asked.program, asked.lookahead)
         if asked.program in BUILT and key not in programs:
-            recipe = Recipe(lookahead=asked.lookahead, windows=windows)
+            recipe = Recipe(lookahead=asked.lookahead, epochs=_EPOCHS, windows=windows)
             with torch.no_grad():
                 programs[key] = getattr(Builder("lab", model, recipe, progress), asked.program)()
     return programs
+
+
+def _rounded(model: DenseModel, found: LayerStatistics, rows: Rows) -> DecoderLayer:
+    shape = model.shape
+    group = group_of(shape.hidden, shape.heads * shape.head_dim)
+    low = round_layer(found.layer, rows.bits, group, found.moments if rows.fitted else None)
+    return values_of(found.layer, low, rows.bits).cast(model.dtype)
 
 
 def hottest(shares: torch.Tensor, share: float) -> torch.Tensor:
@@ -166,13 +225,11 @@ def setting_of(
     units, layers, heads = shape.ffn, shape.layers, None
     if asked.heads < 1:
         heads = kept_by_layer(asked.heads, shape.kv_heads, layers, dense_layers)
-    ahead = "" if asked.lookahead == AT_FFN else f", {asked.lookahead} ahead"
-    corrected = ", corrected" if asked.corrected else ""
     return Setting(
-        program=f"{asked.program}{ahead}{corrected}{', fewer heads' if heads else ''}",
+        program=asked.curve,
         chooser=_maker(asked, prepared),
         kept=[math.ceil(asked.kept * units)] * layers,
-        correction="low" if asked.corrected else None,
+        correction=asked.rows.name if asked.corrected and asked.rows else None,
         resident=prepared.resident,
         heads=heads,
         name=asked.name,
@@ -181,13 +238,14 @@ def setting_of(
 
 def _maker(asked: Asked, prepared: Prepared) -> Callable[[], Chooser]:
     model, shares, lookahead = prepared.model, prepared.shares, asked.lookahead
+    low = asked.rows.name if asked.rows else ""
     wanted = max(1, round(WANTED_SHARE * model.shape.ffn))
     if asked.program in BUILT:
         return chooser_of(prepared.programs[asked.program, lookahead], lookahead)
     makers: dict[str, Callable[[], Chooser]] = {
         "oracle": Oracle,
-        "shadow": lambda: Shadow(model, "low", lookahead),
-        "rollout": lambda: Rollout(model, "low", lookahead),
+        "shadow": lambda: Shadow(model, low, lookahead),
+        "rollout": lambda: Rollout(model, low, lookahead),
         "frequency": lambda: Frequency(shares, prepared.head_norms),
         "window": lambda: Window(WINDOW_TOKENS, WINDOW_DECAY, shares, wanted),
     }
@@ -200,7 +258,7 @@ def sweep(
     settings: Sequence[Asked],
     progress: Progress,
     dense_layers: int = DENSE_LAYERS_DEFAULT,
-) -> LabReport:
+) -> QualityReport:
     """Every setting over the held-out windows, int64 [windows, tokens]."""
     lab = Lab(prepared.model, lambda number: prepared.views[number], windows, progress)
     return lab.measure([setting_of(asked, prepared, dense_layers) for asked in settings])

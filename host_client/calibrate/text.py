@@ -1,11 +1,13 @@
 """Text that every Python installation carries: its language reference, `pydoc_data.topics`.
 
-Topics are dealt out alternately, so what quality is judged on was never seen in calibration.
+Topics are dealt out alternately, and what several of them quote is left to calibration, so what
+quality is judged on was never seen there.
 """
 
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
+from platform import python_version
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 CALIBRATION_WINDOW = 256  # tokens
 CALIBRATED_TOKENS = 6144  # of them, where nothing else is asked for
+_BREAK = "\n\n"
 
 
 class Split(Enum):
@@ -21,13 +24,27 @@ class Split(Enum):
 
 
 def default_text(split: Split) -> str:
-    """Half of the language reference, topics in alphabetical order."""
+    """Half of the language reference, topics in alphabetical order.
+
+    No paragraph of the held-out half stands in the other one.
+    """
     texts = [topics[name] for name in sorted(topics)]
     dealt = texts[split.value :: 2]
-    if split is Split.HELD_OUT:  # some topics have the very text of another one
-        calibrated = set(texts[Split.CALIBRATION.value :: 2])
-        dealt = [text for text in dealt if text not in calibrated]
-    return "\n\n".join(dealt)
+    if split is Split.HELD_OUT:  # some topics have passages, or the very text, of another one
+        seen = {part for text in texts[Split.CALIBRATION.value :: 2] for part in _paragraphs(text)}
+        dealt = [_BREAK.join(p for p in _paragraphs(text) if p not in seen) for text in dealt]
+        dealt = [text for text in dealt if text]
+    return _BREAK.join(dealt)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return text.strip("\n").split(_BREAK)
+
+
+def text_name(split: Split) -> str:
+    """What `default_text` is, for reports."""
+    half = "first" if split is Split.CALIBRATION else "second"
+    return f"Python {python_version()}'s language reference, the {half} of every two topics"
 
 
 def token_windows(tokenizer: Any, text: str, tokens: int, window: int) -> list[torch.Tensor]:

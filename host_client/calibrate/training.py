@@ -79,6 +79,9 @@ def _copies(weights: Mapping[str, torch.Tensor]) -> Weights:
 
 
 def found_share(scores: torch.Tensor, wanted: torch.Tensor, count: int) -> float:
-    """Of the wanted units (1; others 0), `count` a row, the share among the best scores."""
+    """Of the wanted units (1; others 0), `count` a row, the share among the best scores.
+
+    Of soft labels, the mean of those that the best scores have.
+    """
     best = scores.topk(count, dim=-1, sorted=False).indices
     return float(wanted.gather(-1, best).mean())

@@ -2,7 +2,7 @@
 
 Begun in closed form, by reduced-rank regression of the wanted units, then trained by gradient as
 Deja Vu (Liu et al., 2023) and LLM in a flash (Alizadeh et al., 2023) train theirs: each unit a yes
-or no, binary cross entropy. Of what the units are, nothing is known here.
+or no, or a share, binary cross entropy. Of what the units are, nothing is known here.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from csd_protocol.program_file import ProgramKind, TwoLayers
-from host_client.calibrate.labels import Labels
+from host_client.calibrate.labels import Labels, SoftLabels
 from host_client.calibrate.reduced_rank import Whitened, as_log_odds, leading_directions
 from host_client.calibrate.training import (
     HELD_BACK,
@@ -30,7 +30,7 @@ class Rows:
     """What one layer's program is fitted to."""
 
     inputs: torch.Tensor  # float32 [rows, hidden], normed as the program does
-    wanted: Labels  # of the same rows
+    wanted: Labels | SoftLabels  # of the same rows
 
 
 def fit_two_layers(

@@ -39,7 +39,7 @@ class Commands(OnDemandGroup):
         "plan": Entry(
             f"{_CLI}.catalog_commands",
             "plan",
-            "Print what would be resident and what staged within a budget.",
+            "Print what would be resident and staged within a budget, and a token's time.",
         ),
         "generate": Entry(
             f"{_CLI}.model_commands",

@@ -1,34 +1,35 @@
 """`csd bench`: what a quality setting costs."""
 
 import json
+from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
-from csd_protocol.units import format_size
-from host_client.calibrate.comparison import QualityRow, compare_qualities
 from host_client.calibrate.dense_model import DenseModel
-from host_client.calibrate.lab import LabReport
+from host_client.calibrate.outcome import QualityReport
 from host_client.calibrate.plot import check_plot, write_plot
-from host_client.calibrate.sweep import DEFAULT_SETTINGS, Asked, parse, prepare, sweep
+from host_client.calibrate.provenance import provenance_of
+from host_client.calibrate.sweep import DEFAULT_SETTINGS, GRAMMAR, Asked, parse, prepare, sweep
 from host_client.calibrate.text import (
     CALIBRATED_TOKENS,
-    Split,
     calibration_windows,
-    default_text,
     held_out_windows,
-    token_windows,
 )
+from host_client.calibrate.through_drive import check_askable, measure_through_drive
 from host_client.cli.console import TimeMode, open_drive, out, progress_count
 from host_client.cli.model_commands import load_tokenizer
 from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
+from host_client.cli.quality_tables import quality_markdown, quality_table
 from host_client.model.formats import open_checkpoint
 from host_client.model.source import Source, resolve_source
-from host_client.runtime.causal_lm import LOOKAHEAD_DEFAULT
+
+_LAB_TOKENS, _DRIVE_TOKENS = 8192, 2048
+_DRIVE_SETTINGS = ("rollout@1:0.5", "rollout@1:0.1+correct")
 
 app = typer.Typer(help="Measurements on real text.")
 
@@ -36,47 +37,6 @@ app = typer.Typer(help="Measurements on real text.")
 @app.callback()
 def _group() -> None:
     """Measurements on real text."""
-
-
-@app.command()
-def quality(
-    model: Model,
-    settings: Annotated[
-        list[str] | None, typer.Option("--quality", help="Kept fractions to measure; repeatable.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of held-out text.", min=2)] = 2048,
-    window: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 256,
-    lookahead: Annotated[int, typer.Option(min=0, max=8)] = LOOKAHEAD_DEFAULT,
-    dram: Dram = "45%",
-    drive: DriveAddress = None,
-    time: Time = TimeMode.VIRTUAL,
-    as_json: Json = False,
-) -> None:
-    """Perplexity of kept fractions beside the dense model's, on held-out text."""
-    source = resolve_source(model)
-    text = default_text(Split.HELD_OUT)
-    windows = token_windows(load_tokenizer(source), text, tokens, window)
-    with open_drive(drive, time) as opened:
-        rows = []
-        for setting in ["exact", *(settings or ["0.5"])]:
-            with progress_count(f"quality {setting}, tokens") as update:
-                row = compare_qualities(
-                    opened, source.name, setting, windows, dram, lookahead, update
-                )
-            rows.append(row)
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "model": source.name,
-                    "tokens": tokens,
-                    "window": window,
-                    "rows": [row.model_dump() for row in rows],
-                }
-            )
-        )
-        return
-    out.print(_table(source.name, rows))
 
 
 class Arithmetic(StrEnum):
@@ -89,16 +49,24 @@ class Arithmetic(StrEnum):
 
 
 @app.command()
-def predictors(
+def quality(
     model: Model,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--setting",
-            help="PROGRAM[@LOOKAHEAD]:KEPT[+correct], like rollout@1:0.33+correct; repeatable.",
+            metavar="SETTING",
+            help=f"{GRAMMAR}, like rollout@1:0.33+correct; repeatable. Default: a whole sweep.",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of held-out text.", min=2)] = 8192,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens of held-out text. Default: {_LAB_TOKENS}; {_DRIVE_TOKENS} through a "
+            "drive.",
+            min=2,
+        ),
+    ] = None,
     calibration: Annotated[
         int, typer.Option(help="Tokens of calibration text.", min=2)
     ] = CALIBRATED_TOKENS,
@@ -106,110 +74,122 @@ def predictors(
         list[Path] | None,
         typer.Option(help="Text to calibrate on, repeatable; Python's own without.", exists=True),
     ] = None,
-    bits: Annotated[int, typer.Option(help="Bits of the low-bit rows: 2, 3, 4 or 8.")] = 4,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Round the rows with a look at calibration text.")
-    ] = False,
     resident: Annotated[
         float, typer.Option(help="Share of FFN units that the host holds.", min=0, max=1)
     ] = 0.0,
     arithmetic: Annotated[
         Arithmetic, typer.Option(help="Factors of matrix products; bfloat16 is faster.")
     ] = Arithmetic.BFLOAT16,
+    through_drive: Annotated[
+        bool,
+        typer.Option(
+            "--through-drive",
+            help="Decode token by token through a drive that has the model and the programs.",
+        ),
+    ] = False,
+    dram: Dram = "45%",
+    drive: DriveAddress = None,
+    time: Time = TimeMode.VIRTUAL,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Write the JSON object here.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """What each predictor and kept share does to the output, on held-out text, without a drive."""
-    if plot is not None:
-        _check_plot()
+    """What leaving FFN units out costs: perplexity, greedy tokens, KL, recall, staged bytes.
+
+    On held-out text, layer by layer in this process, or with --through-drive as it is used.
+    """
+    _check_outputs(plot, to)
     source = resolve_source(model)
-    asked = _asked(settings or list(DEFAULT_SETTINGS))
-    report = _swept(
-        source, asked, tokens, calibration, text or [], bits, fit, resident, arithmetic.dtype
-    )
+    asked = _asked(settings or (_DRIVE_SETTINGS if through_drive else DEFAULT_SETTINGS))
+    tokens = tokens or (_DRIVE_TOKENS if through_drive else _LAB_TOKENS)
+    held_out = _windows(partial(held_out_windows, tokens=tokens), source)
+    if through_drive:
+        report = _through_drive(source, asked, held_out, dram, drive, time)
+        provenance = provenance_of(held_out, dram=dram)
+    else:
+        files = text or []
+        seen = _windows(partial(calibration_windows, tokens=calibration, files=files), source)
+        report = _swept(source, asked, held_out, seen, resident, arithmetic.dtype)
+        names = [file.name for file in files]
+        provenance = provenance_of(held_out, seen, names, arithmetic.value, resident)
+    told = {"model": source.name, "provenance": provenance.model_dump(), **report.model_dump()}
+    if to is not None:
+        to.write_text(json.dumps(told, indent=1) + "\n")
     if plot is not None:
         write_plot(report, source.name, plot)
+    _print(source.name, report, told, markdown, as_json)
+
+
+def _print(
+    model: str, report: QualityReport, told: dict[str, Any], markdown: bool, as_json: bool
+) -> None:
     if as_json:
-        typer.echo(json.dumps({"model": source.name, "bits": bits, **report.model_dump()}))
+        typer.echo(json.dumps(told))
+    elif markdown:
+        typer.echo(quality_markdown(report))
+    else:
+        out.print(quality_table(model, report))
+
+
+def _check_outputs(plot: Path | None, to: Path | None) -> None:
+    """Before minutes of work, not behind them."""
+    for path, option in ((plot, "--plot"), (to, "--to")):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
+    if plot is None:
         return
-    out.print(_lab_table(source.name, report))
-
-
-def _check_plot() -> None:
     try:
         check_plot()
     except ModuleNotFoundError as error:
         raise typer.BadParameter(str(error), param_hint="--plot") from None
 
 
-def _asked(settings: list[str]) -> list[Asked]:
+def _asked(settings: Sequence[str]) -> list[Asked]:
     try:
         return [parse(setting) for setting in settings]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--setting") from None
 
 
+def _windows(cut: Callable[[Any], torch.Tensor], source: Source) -> torch.Tensor:
+    """What `cut` makes with the model's tokenizer, if there is text enough."""
+    try:
+        return cut(load_tokenizer(source))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tokens, --calibration") from None
+
+
 def _swept(
     source: Source,
     asked: list[Asked],
-    tokens: int,
-    calibration: int,
-    text: list[Path],
-    bits: int,
-    fit: bool,
+    held_out: torch.Tensor,
+    seen: torch.Tensor,
     resident: float,
     dtype: torch.dtype,
-) -> LabReport:
-    tokenizer = load_tokenizer(source)
-    seen = calibration_windows(tokenizer, calibration, text)
-    held_out = held_out_windows(tokenizer, tokens)
+) -> QualityReport:
     with open_checkpoint(source) as checkpoint:
         dense = DenseModel(checkpoint, dtype)
         with progress_count("calibrating, layers") as update:
-            prepared = prepare(dense, seen, bits, fit, resident, update, asked)
+            prepared = prepare(dense, seen, asked, resident, update)
         with progress_count(f"{len(asked)} settings, layers") as update:
             return sweep(prepared, held_out, asked, update)
 
 
-def _lab_table(model: str, report: LabReport) -> Table:
-    table = Table(
-        *("setting", "perplexity", "against dense", "same token", "KL, nats"),
-        *("recall", "of top third", "staged a token"),
-        title=f"{model}: {report.scored} positions, dense {report.dense_perplexity:.2f}",
-        title_justify="left",
-    )
-    for row in report.outcomes:
-        table.add_row(
-            row.name,
-            f"{row.perplexity:.2f}",
-            f"{row.against_dense:+.1%}",
-            f"{row.agreement:.1%}",
-            f"{row.kl_nats:.4f}",
-            f"{row.recall:.3f}",
-            f"{row.recall_third:.3f}",
-            format_size(row.staged_bytes_per_token),
-        )
-    return table
-
-
-def _table(model: str, rows: list[QualityRow]) -> Table:
-    dense = rows[0].perplexity
-    table = Table(
-        "quality",
-        "perplexity",
-        "against dense",
-        "staged a token",
-        "recall",
-        title=model,
-        title_justify="left",
-    )
-    for row in rows:
-        recall = "-" if row.recall is None else f"{row.recall:.2f}"
-        table.add_row(
-            row.quality,
-            f"{row.perplexity:.2f}",
-            f"{row.perplexity / dense - 1:+.1%}",
-            format_size(row.staged_bytes_per_token),
-            recall,
-        )
-    return table
+def _through_drive(
+    source: Source,
+    asked: list[Asked],
+    held_out: torch.Tensor,
+    dram: str,
+    drive: str | None,
+    time: TimeMode,
+) -> QualityReport:
+    try:
+        check_askable(asked)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--setting") from None
+    windows = [window[None] for window in held_out]
+    with open_drive(drive, time) as opened:
+        return measure_through_drive(opened, source.name, asked, windows, dram, progress_count)

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from csd_protocol.opcodes import Cns
 from csd_protocol.packed import DirectoryEntry
-from csd_protocol.units import format_size
+from csd_protocol.units import format_size, parse_size
 from host_client.cli import reports
 from host_client.cli.console import EXIT_DAMAGED, TimeMode, open_drive, out, progress_bytes
-from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
+from host_client.cli.options import Dram, DriveAddress, Json, Model, QualityText, Time
 from host_client.driver import Drive
 from host_client.model.catalog import (
     list_models,
@@ -23,6 +24,14 @@ from host_client.model.errors import DamagedRecord
 from host_client.model.source import name_on_drive
 from host_client.runtime.plain_reads import PlainReads
 from host_client.runtime.plan import make_plan, parse_budget
+from host_client.runtime.quality import Quality
+from host_client.runtime.token_time import (
+    CLASSES,
+    measure_host_rate,
+    rates_of,
+    token_time,
+    volumes_of,
+)
 
 
 def models(drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> None:
@@ -53,19 +62,51 @@ def plan(
     model: Model,
     dram: Dram = "45%",
     context: Annotated[int, typer.Option(help="Tokens the KV cache has room for.", min=1)] = 512,
+    quality: QualityText = "exact",
+    lookahead: Annotated[
+        int, typer.Option(help="Layers ahead that a kept fraction is predicted.", min=0, max=8)
+    ] = 1,
+    host_rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes a second that the host computes with, like 40GB. Default: measured here.",
+        ),
+    ] = None,
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
     as_json: Json = False,
 ) -> None:
-    """Print what would be resident and what staged within a budget."""
+    """Print what would be resident and staged within a budget, and a token's time."""
+    kept = Quality.parse(quality)
+    host_bytes_per_s = _host_rate(host_rate)
     with open_drive(drive, time) as opened:
         _, packed = open_model(opened, name_on_drive(model))
         frequencies = read_frequencies(opened, packed)
+        connected = rates_of(opened.identify(Cns.CONTROLLER))
     made = make_plan(packed, parse_budget(dram, packed), context, frequencies)
+    volumes = volumes_of(packed, made, kept, frequencies)
+    ahead = None if kept.exact else lookahead
+    times = [token_time(volumes, rates, host_bytes_per_s, ahead) for rates in (*CLASSES, connected)]
     if as_json:
-        typer.echo(json.dumps(reports.plan_object(packed, made)))
+        told = reports.plan_object(packed, made)
+        told |= reports.times_object(times, kept, host_bytes_per_s)
+        typer.echo(json.dumps(told))
         return
     out.print(reports.plan_table(packed, made))
+    out.print(reports.times_table(times, kept, host_bytes_per_s))
+
+
+def _host_rate(text: str | None) -> float:
+    if text is None:
+        return measure_host_rate()
+    try:
+        rate = parse_size(text.removesuffix("/s"))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--host-rate") from None
+    if rate <= 0:
+        raise typer.BadParameter("a rate is above 0", param_hint="--host-rate")
+    return rate
 
 
 def verify(

@@ -1,13 +1,15 @@
 """`csd predictor`: build programs from a packed model, load them onto the drive, score them."""
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
-from csd_protocol.packed import PackedModel
+from csd_protocol.packed import PackedModel, Role
 from csd_protocol.units import format_size
 from host_client.calibrate.builders import Recipe
 from host_client.calibrate.predictor import load_predictor
@@ -34,10 +36,21 @@ app = typer.Typer(help="Predictors: build, load, list and score the programs on 
 _SIGHT_TOKENS = 24576  # of text that a farsight is fitted to, where nothing else is asked for
 
 
+class Scored(StrEnum):
+    """What a built program may score."""
+
+    FFN = Role.FFN.value
+    HEADS = Role.HEADS.value
+
+
 @app.command()
 def build(
     kind: Kind,
     model: Model,
+    role: Annotated[
+        Scored,
+        typer.Option(help="Score neurons (ffn), or KV groups (heads: frequency, lowrank, mlp)."),
+    ] = Scored.FFN,
     bits: Annotated[int, typer.Option(help="shadow, rollout: bits of a level: 2, 3, 4 or 8.")] = 4,
     fit: Annotated[
         bool,
@@ -51,8 +64,13 @@ def build(
     ] = LOOKAHEAD_DEFAULT,
     context: Annotated[int, typer.Option(help="rollout: tokens that it remembers.", min=1)] = 2048,
     size: Annotated[
-        float, typer.Option(help="farsight: share of the model's parameters.", min=0.0, max=1.0)
-    ] = 0.04,
+        float | None,
+        typer.Option(
+            help="farsight: share of the model's parameters; 0.04 unless that is too little.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
     epochs: Annotated[
         int | None,
         typer.Option(
@@ -82,14 +100,10 @@ def build(
     with open_drive(drive, time) as opened:
         _, packed = open_model(opened, name_on_drive(model))
         windows = None
-        if fit or kind.needs_text:
-            tokens = tokens or (_SIGHT_TOKENS if kind is Kind.FARSIGHT else CALIBRATED_TOKENS)
-            tokenizer = load_tokenizer(resolve_source(model))
-            try:
-                windows = calibration_windows(tokenizer, tokens, text or [])
-            except ValueError as error:
-                raise typer.BadParameter(str(error), param_hint="--tokens") from None
-        recipe = Recipe(bits, rank, lookahead, context, size, epochs, windows)
+        if fit or kind.needs_text(Role(role)):
+            windows = _text_to_fit(model, kind, tokens, text or [])
+        asked = {"bits": bits, "rank": rank, "lookahead": lookahead, "context": context}
+        recipe = Recipe(**asked, size=size, epochs=epochs, windows=windows, role=Role(role))
         with progress_count(f"building {kind.value}") as update:
             data = build_predictor(opened, packed, kind.value, update, recipe)
         if to is not None:
@@ -98,6 +112,15 @@ def build(
             return
         number = load_predictor(opened, packed, kind.value, data)
     out.print(f"loaded {kind.value} for {packed.name} as program {number}")
+
+
+def _text_to_fit(model: str, kind: Kind, tokens: int | None, files: list[Path]) -> torch.Tensor:
+    """int64 [windows, tokens]."""
+    tokens = tokens or (_SIGHT_TOKENS if kind is Kind.FARSIGHT else CALIBRATED_TOKENS)
+    try:
+        return calibration_windows(load_tokenizer(resolve_source(model)), tokens, files)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tokens") from None
 
 
 @app.command()
@@ -118,11 +141,12 @@ def list_programs(drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> 
     """List the programs on the drive."""
     with open_drive(drive, time) as opened:
         programs = opened.programs()
-    table = Table("program", "kind", "model", "size", "active")
+    table = Table("program", "kind", "scores", "model", "size", "active")
     for entry in programs:
         table.add_row(
             str(entry["program"]),
             entry["kind"],
+            entry["role"] + ("+heads" if entry["kv_groups"] else ""),
             entry["model"],
             format_size(entry["bytes"]),
             "yes" if entry["active"] else "no",

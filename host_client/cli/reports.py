@@ -2,11 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 from csd_protocol.packed import PackedModel, Role
-from csd_protocol.units import format_ns, format_size
+from csd_protocol.units import NS_PER_MS, format_ns, format_size
 from host_client.runtime.plan import Plan, head_site
+from host_client.runtime.quality import Quality
+from host_client.runtime.token_time import TokenTime
 
 if TYPE_CHECKING:
     from host_client.runtime.generate import GenerationReport
@@ -56,6 +59,54 @@ def plan_table(packed: PackedModel, plan: Plan) -> Table:
         ("staged a token (exact)", plan.staged_bytes_per_token),
     ):
         table.add_row(name, format_size(size), "", _bar(size / plan.weights_bytes))
+    return table
+
+
+def times_object(
+    times: list[TokenTime], quality: Quality, host_bytes_per_s: float
+) -> dict[str, Any]:
+    """Modelled tokens of a plan on several drives, with stable keys; the connected drive last."""
+    return {
+        "quality": str(quality),
+        "host_bytes_per_s": host_bytes_per_s,
+        "modelled": [
+            {
+                "drive": time.rates.name,
+                "storage_bytes_per_s": time.rates.link_bytes_per_s,
+                "nand_ns": time.nand_ns,
+                "compute_ns": time.compute_ns,
+                "dram_ns": time.dram_ns,
+                "link_ns": time.link_ns,
+                "host_ns": time.host_ns,
+                "token_ns": time.token_ns,
+                "tokens_per_s": time.tokens_per_s,
+                "bound": time.bound,
+            }
+            for time in times
+        ],
+    }
+
+
+def times_table(times: list[TokenTime], quality: Quality, host_bytes_per_s: float) -> Table:
+    table = Table(
+        *("drive", "GB/s", "NAND", "programs", "DRAM", "link", "host", "a token", "tokens/s"),
+        "bound by",
+        title=f"a decoded token at quality {quality}, modelled, in ms\n"
+        f"(each part by itself, then all side by side; the host at "
+        f"{host_bytes_per_s / 1e9:.1f} GB/s)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    for time in times:
+        parts = (time.nand_ns, time.compute_ns, time.dram_ns, time.link_ns, time.host_ns)
+        table.add_row(
+            time.rates.name,
+            f"{time.rates.link_bytes_per_s / 1e9:.0f}",
+            *(f"{part_ns / NS_PER_MS:.2f}" for part_ns in (*parts, time.token_ns)),
+            f"{time.tokens_per_s:.2f}",
+            time.bound,
+        )
     return table
 
 
@@ -167,16 +218,22 @@ def _predicted(report: "GenerationReport") -> str:
             f"experts, by the drive's {report.predictor}: {report.expert_recall:.0%} of those that "
             f"the routers chose were on their way before"
         )
-    text = (
-        f"{report.kept:.3g} of the neurons, chosen by the drive's {report.predictor} program, "
-        f"{_ahead(report)}; what is resident counts as well"
-    )
+    chosen = []
+    if report.heads_predictor is not None:
+        chosen.append(_chosen("KV groups", report.kept_heads, report.heads_predictor))
+    if report.kept < 1.0 or not chosen:
+        chosen.append(_chosen("neurons", report.kept, report.predictor))
+    text = f"{', and '.join(chosen)}, {_ahead(report)}; what is resident counts as well"
     if report.recall is not None and report.covered is not None:
         text += (
             f". Of what the true input wanted, {report.recall:.0%} were chosen and "
             f"{report.covered:.0%} computed"
         )
     return text
+
+
+def _chosen(what: str, share: float, predictor: str) -> str:
+    return f"{share:.3g} of the {what}, chosen by the drive's {predictor} program"
 
 
 def _ahead(report: "GenerationReport") -> str:

@@ -84,12 +84,14 @@ class Told:
     """What a drive is told beside the hidden states; most programs need none of it.
 
     `origin` is for rollouts, `observed`, the active units (ascending) by site, for windows.
-    `experts` says which targets of a mixture are staged at all; None: all of them.
+    `experts` says which targets of a mixture are staged at all; None: all of them. `heads` is the
+    program that chooses KV groups; None: the command's own.
     """
 
     origin: Origin | None = None
     observed: Mapping[int, U32] = field(default_factory=dict)
     experts: TopExperts | None = None
+    heads: int | None = None
 
 
 NOTHING_TOLD = Told()

@@ -222,6 +222,7 @@ def predict_and_stage(
         observed=_observed(told),
         origin=_origin(told),
         experts=_experts(told),
+        heads=told.heads,
     )
     what = f"PREDICT_AND_STAGE of model {model}"
     return _compute(what, ComputeOpcode.PREDICT_AND_STAGE, predict_and_stage=body)

@@ -79,6 +79,16 @@ class LlamaShape:
         """Query rows of one KV group."""
         return self.heads // self.kv_heads * self.head_dim
 
+    @property
+    def unit_bytes(self) -> int:
+        """An FFN unit at 16 bits: its gate row, up row and down column."""
+        return 3 * self.hidden * 2
+
+    @property
+    def group_bytes(self) -> int:
+        """A KV group at 16 bits: its query rows and output columns."""
+        return 2 * self.group_rows * self.hidden * 2
+
 
 @dataclass(frozen=True, slots=True)
 class Family:

@@ -7,6 +7,7 @@ always are. What that moves is counted as late, and is about one layer's share o
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,19 @@ from host_client.runtime.engine import Engine
 from host_client.runtime.prefetch import Block
 
 U16 = npt.NDArray[np.uint16]
+I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
+BOOL = npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Audited:
+    """Sums over the tokens at which one layer was looked at."""
+
+    audits: int = 0
+    wanted: int = 0  # units
+    computed: int = 0  # chosen, or resident
+    found: int = 0  # wanted, and computed
 
 
 class Auditor:
@@ -26,6 +39,7 @@ class Auditor:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.layers = [Audited() for _ in range(engine.model.layer_count)]
 
     def __call__(self, site: Site, x: F32, block: Block) -> None:
         """x: the true FFN input, float32 [1, hidden]."""
@@ -42,8 +56,17 @@ class Auditor:
         wanted = np.argpartition(-scores, kept - 1)[:kept]
         engine.tally.wanted_units += kept
         engine.tally.wanted_in_time += int(np.isin(wanted, block.predicted).sum())
-        computed = entry.held[wanted] | np.isin(wanted, block.units)
-        engine.tally.wanted_computed += int(computed.sum())
+        computed = entry.held
+        computed[block.units] = True
+        engine.tally.wanted_computed += int(computed[wanted].sum())
+        self._note(site.layer, kept, computed, wanted)
+
+    def _note(self, layer: int, kept: int, computed: BOOL, wanted: I64) -> None:
+        sums = self.layers[layer]
+        sums.audits += 1
+        sums.wanted += kept
+        sums.computed += int(computed.sum())
+        sums.found += int(computed[wanted].sum())
 
     def _scores(self, x: F32, values: U16) -> F32:
         activity = np.zeros((1, values.shape[0]), np.float32)

@@ -20,7 +20,7 @@ from host_client.io.opening import Kind as ReaderKind
 from host_client.model.catalog import open_model, read_frequencies
 from host_client.model.source import name_on_drive
 from host_client.runtime.attach import attach, skeleton
-from host_client.runtime.audit import Auditor
+from host_client.runtime.audit import Audited, Auditor
 from host_client.runtime.checksums import Checksums
 from host_client.runtime.copies import Copies, read_checksums
 from host_client.runtime.engine import Engine, steps_room_bytes
@@ -54,6 +54,7 @@ class CsdRuntime:
     weights_bytes: int  # host memory that was allocated for units and staging buffers
     guidance: Guidance | None  # None at exact quality, and of a mixture
     gating: Gating | None  # of a mixture
+    audited: list[Audited] = field(default_factory=list)  # by layer, where an audit was asked for
     owned: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -62,6 +63,12 @@ class CsdRuntime:
         if self.gating is not None:
             return self.gating.predictor
         return self.guidance.near.kind if self.guidance is not None else None
+
+    @property
+    def heads_predictor(self) -> str | None:
+        """Kind of the program that chooses KV groups; None where all are kept."""
+        heads = self.guidance.heads if self.guidance is not None else None
+        return heads.kind if heads is not None else None
 
     @property
     def lookahead(self) -> int | None:
@@ -120,7 +127,7 @@ class CsdModelForCausalLM:
             made = skeleton(runtime.packed)
             attach(made, runtime.engine)
             if audit and not parsed.exact:
-                _audit(made, runtime.engine)
+                runtime.audited = _audit(made, runtime.engine)
             runtime.owned = undo.pop_all()
         made.csd = cast(Any, runtime)
         return made
@@ -215,11 +222,12 @@ def _allocated(resident: dict[int, ResidentSite], buffers: list[Buffer]) -> int:
     )
 
 
-def _audit(made: PreTrainedModel, engine: Engine) -> None:
+def _audit(made: PreTrainedModel, engine: Engine) -> list[Audited]:
     auditor = Auditor(engine)
     for module in made.modules():
         if isinstance(module, StagedFfn):
             module.auditor = auditor
+    return auditor.layers
 
 
 def _silent(done_bytes: int, total_bytes: int) -> None:

@@ -25,6 +25,7 @@ from host_client.io import Buffer
 from host_client.runtime.experts import Experts
 from host_client.runtime.fetch import WINDOW_SHARE, Fetcher
 from host_client.runtime.guidance import Guidance
+from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer, kept_fraction
 from host_client.runtime.kernels import NARROW_ROWS
 from host_client.runtime.notes import Notes, Place, Text
 from host_client.runtime.plan import Plan, head_site
@@ -92,6 +93,10 @@ class Engine:
         self.experts = experts  # of a mixture
         self._now_ns = now_ns
         self._fetch_buffer = Buffer(plan.fetch_buffer_bytes)
+        groups = model.find(Role.HEADS, 0).count
+        self._kept_groups = kept_by_layer(
+            quality.heads, groups, model.layer_count, DENSE_LAYERS_DEFAULT
+        )
         self._steps = self._steps_of(guided=False)
         self._guided_steps = self._steps_of(guided=True)
         self._notes = self._notes_for(guidance)
@@ -313,6 +318,8 @@ class Engine:
         """The fraction of a site's units that a guided pass needs; 1: all of them."""
         if site.role is Role.FFN:
             return self.quality.kept
+        if site.role is Role.HEADS:
+            return kept_fraction(self._kept_groups[site.layer], site.count)
         return 1.0
 
     def _request_guided(self, origin: Origin, hidden: F32) -> None:

@@ -40,6 +40,8 @@ class GenerationReport(BaseModel):
     predictor: str | None
     lookahead: int | None
     kept: float
+    kept_heads: float
+    heads_predictor: str | None
     corrections: int
     text: str
     token_ids: list[int]
@@ -143,6 +145,8 @@ def generate(
         predictor=runtime.predictor,
         lookahead=runtime.lookahead,
         kept=runtime.engine.quality.kept,
+        kept_heads=runtime.engine.quality.heads,
+        heads_predictor=runtime.heads_predictor,
         corrections=whole.corrections,
         text=str(tokenizer.decode(new_ids, skip_special_tokens=True)),
         token_ids=new_ids,

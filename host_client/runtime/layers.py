@@ -5,7 +5,7 @@ part one after the other, 16-bit weights as they lie, in float32. None of them h
 own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 
 import numpy as np
@@ -68,7 +68,11 @@ class Projection(Enum):
 
 
 class StagedProjection(nn.Module):
-    """One of an attention's projections, resident or staged. [..., in] -> [..., out]."""
+    """One of an attention's projections, resident or staged. [..., in] -> [..., out].
+
+    In a guided pass KV groups may be missing: their queries are 0, and what attention makes of them
+    adds nothing to the output.
+    """
 
     def __init__(self, engine: Engine, layer: int, projection: Projection) -> None:
         super().__init__()
@@ -76,29 +80,42 @@ class StagedProjection(nn.Module):
         self._engine, self._projection = engine, projection
         self._site = engine.model.find(role, layer)
         # A unit is query rows, then output columns as rows; or keys, then values.
+        self._half = self._site.rows // 2
         second = projection in (Projection.VALUE, Projection.OUTPUT)
         self._rows = _half_of_units(self._site, second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat, bf16 = _flat(x), self._engine.bf16
-        if self._projection is Projection.OUTPUT:
-            out = np.zeros((flat.shape[0], self._site.cols), np.float32)
-            kernels.rows_axpy(flat, self._weights(), self._rows, out, bf16)
-        else:
-            out = np.empty((flat.shape[0], self._rows.size), np.float32)
-            kernels.rows_dot(flat, self._weights(), self._rows, out, bf16)
+        is_output = self._projection is Projection.OUTPUT
+        width = self._site.cols if is_output else self._site.count * self._half
+        out = np.zeros((flat.shape[0], width), np.float32)
+        for units, values in self._parts():
+            weights = values.reshape(units.size * self._site.rows, self._site.cols)
+            rows, columns = self._rows[: units.size * self._half], self._columns_of(units)
+            if is_output:
+                mixed = np.ascontiguousarray(flat[:, columns])
+                kernels.rows_axpy(mixed, weights, rows, out, bf16)
+            else:
+                part = np.empty((flat.shape[0], rows.size), np.float32)
+                kernels.rows_dot(flat, weights, rows, part, bf16)
+                out[:, columns] = part
         return _like(x, out)
 
-    def _weights(self) -> U16:
-        """All rows of all units [count * rows, columns]: resident, or staged together."""
+    def _parts(self) -> Iterator[tuple[U32, U16]]:
+        """The units that are here, with their values: resident ones, then staged ones."""
         entry = self._engine.resident[self._site.site]
-        values = entry.values
-        if entry.missing.size:
-            block = self._engine.block(self._site)
-            assert block is not None
-            assert block.units.size == self._site.count
-            values = block.values
-        return values.reshape(self._site.count * self._site.rows, self._site.cols)
+        if entry.units.size:
+            yield entry.units, entry.values
+        block = self._engine.block(self._site) if entry.missing.size else None
+        if block is not None and block.units.size:
+            yield block.units, block.values
+
+    def _columns_of(self, units: U32) -> I64 | slice:
+        """What these units are of all queries, keys or values, or of the output's input."""
+        if units.size == self._site.count:
+            return slice(None)
+        starts = units.astype(np.int64) * self._half
+        return (starts[:, None] + np.arange(self._half)).reshape(-1)
 
 
 def _half_of_units(site: Site, second: bool) -> I64:

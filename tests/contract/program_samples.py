@@ -287,11 +287,12 @@ class RolloutReference:
     def __init__(self, bits: int) -> None:
         self.bits = bits
         self.attention = [AttentionReference(SHAPE) for _ in range(LAYERS)]
+        self.group_norms: dict[int, np.ndarray] = {}  # by layer, of the last command
 
     def scores(
         self, layer: int, behind_attention: bool, first: int, state: np.ndarray
     ) -> dict[int, np.ndarray]:
-        state, scores = state.astype(np.float64), {}
+        state, scores, self.group_norms = state.astype(np.float64), {}, {}
         for number in range(layer, LAYERS):
             if number > layer or not behind_attention:
                 state = self._attend(number, first, state)
@@ -310,7 +311,12 @@ class RolloutReference:
 
     def _attend(self, number: int, first: int, state: np.ndarray) -> np.ndarray:
         attended = self.attention[number].attend(first, *self._projected(number, state))
-        return state + attended @ low_bit(attention_layer(number).o, self.bits).T
+        o = low_bit(attention_layer(number).o, self.bits).T
+        size = attended.shape[1] // SHAPE.kv_heads
+        starts = range(0, attended.shape[1], size)
+        added = [attended[:, at : at + size] @ o[at : at + size] for at in starts]
+        self.group_norms[number] = np.linalg.norm(added, axis=2).max(axis=1)
+        return state + sum(added)
 
     def _projected(self, number: int, state: np.ndarray) -> tuple[np.ndarray, ...]:
         weights = attention_layer(number)

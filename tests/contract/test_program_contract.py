@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from program_samples import (
     BITS,
     DECAY,
+    GROUP,
     HIDDEN,
     LAYERS,
     MODEL,
@@ -212,6 +213,46 @@ def test_a_rollout_carries_states_through_its_layers(bits: int) -> None:
         expected = reference.scores(layer, behind, first, hidden)
         for number in sorted(expected, reverse=at % 2 == 0):
             assert_close(run.score(number)[0], expected[number])
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_rollout_scores_kv_groups_by_what_they_add(bits: int) -> None:
+    program, reference = loaded(rollout_file(bits)), RolloutReference(bits)
+    memory = program.new_memory()
+    assert program.kv_groups == SHAPE.kv_heads
+    for at, (first, rows) in enumerate([(0, 4), (4, 1), (5, 1), (6, 2)]):
+        hidden = random(90 + at, rows, HIDDEN)
+        layer, behind = (0, False) if rows > 1 else (at % 2, True)
+        run = program.begin(ProgramInput(hidden, first, Origin(layer, behind)), memory)
+        expected = reference.scores(layer, behind, first, hidden)
+        assert set(reference.group_norms) == set(expected) - ({layer} if behind else set())
+        for number, norms in reference.group_norms.items():
+            assert_close(run.score_heads(number)[0], norms)
+            assert_close(run.score(number)[0], expected[number])
+        if behind:
+            with pytest.raises(CommandError, match="too late for its KV groups") as caught:
+                run.score_heads(layer)
+            assert caught.value.status is Status.INVALID_FIELD
+
+
+def test_scores_of_kv_groups_cost_an_output_projection_and_change_nothing() -> None:
+    program, hidden = loaded(rollout_file()), input_of("rollout")
+    given = ProgramInput(hidden, 0, Origin(0, behind_attention=True))
+    asked, plain = (program.begin(given, program.new_memory()) for _ in range(2))
+    spent = [asked.score_heads(1)[1], asked.score(1)[1], asked.score_heads(1)[1]]
+    scores, alone = plain.score(1)
+    np.testing.assert_array_equal(asked.score(1)[0], scores)
+    width = SHAPE.heads * SHAPE.head_dim
+    assert sum(cost.ops for cost in spent) - alone.ops == 2 * HIDDEN * (width + SHAPE.kv_heads)
+    assert sum(cost.dram_bytes for cost in spent) - alone.dram_bytes == HIDDEN * (
+        width // 2 + 2 * width // GROUP
+    )
+    assert spent[2].ops == 0
+
+
+def test_a_rollout_is_of_neurons_whatever_else_it_scores() -> None:
+    error = refused(rebuilt(rollout_file(), {"csd.role": "heads"}, {}))
+    assert "a rollout is of ffn" in error.detail
 
 
 def note(program: Program, memory: Any, layer: int, first: int, hidden: np.ndarray) -> Cost:
@@ -625,6 +666,27 @@ def test_heads_are_scored_by_programs_of_heads(open_drive: OpenDrive) -> None:
             assert failure(pending.result).status is Status.INVALID_FIELD
         else:
             assert pending.result().sites[0].predicted.tolist() == wanted
+
+
+def test_heads_may_be_left_to_a_program_of_their_own(open_drive: OpenDrive) -> None:
+    drive = open_drive()
+    drive.load_program(PROGRAM, file_of("shadow"))
+    counted = encode_frequency(MODEL, {LAYER: np.array([1, 4, 2, 3])}, role=Role.HEADS)
+    drive.load_program(PROGRAM + 1, counted)
+    targets = [StageTarget(site(LAYER), keep=0.25) for site in (heads_site, ffn_site)]
+    hidden = input_of("shadow", 2)
+
+    def staged(heads: int | None) -> Any:
+        told = Told(heads=heads)
+        return drive.predict_and_stage(1, PROGRAM, 0, hidden, targets, told=told).result()
+
+    groups, units = staged(PROGRAM + 1).sites
+    assert groups.predicted.tolist() == [1]
+    assert units.predicted.tolist() == best_units("shadow")
+    assert "does not score the 4 units of layers.1.heads" in str(failure(lambda: staged(None)))
+    assert failure(lambda: staged(PROGRAM + 2)).status is Status.NO_PROGRAM
+    drive.load_program(PROGRAM, file_of("rollout"))  # of two KV groups; the model has four
+    assert failure(lambda: staged(PROGRAM)).status is Status.INVALID_FIELD
 
 
 def test_dram_that_is_not_there_is_refused_with_figures(open_drive: OpenDrive) -> None:

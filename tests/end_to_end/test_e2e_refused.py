@@ -104,8 +104,9 @@ def test_a_file_of_another_kind(csd: CommandLine, device: Device, tmp_path: Path
 
 def test_not_packed(csd: CommandLine, tmp_path: Path) -> None:
     empty = Device(tmp_path / "empty.csd", "tiny")
+    through_drive = ("bench", "quality", MODEL, "--through-drive")
     try:
-        for command in (ASK, ("plan", MODEL), ("remove", MODEL), ("bench", "quality", MODEL)):
+        for command in (ASK, ("plan", MODEL), ("remove", MODEL), through_drive):
             message = csd(*command, drive=empty).refused(MODEL_REFUSED)
             assert f"no model '{MODEL}' on the drive (models on it: none)" in message
     finally:

@@ -1,5 +1,7 @@
 """What `csd generate --json` and `csd bench quality` say, and what a kept fraction costs."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,16 +108,56 @@ def test_a_chat_goes_to_the_terminal(csd: CommandLine, device: Device) -> None:
         assert said in run.stderr
 
 
-def test_quality_is_measured_on_real_text(csd: CommandLine, device: Device) -> None:
-    measured = csd("bench", "quality", MODEL, "--tokens", 128, "--json", drive=device).answer
+def test_quality_is_measured_on_real_text(csd: CommandLine, device: Device, tmp_path: Path) -> None:
+    """In the lab, from calibration to picture; the drive has no part in it."""
+    plot, to = tmp_path / "plot.png", tmp_path / "figures.json"
+    settings = ("oracle:0.5", "rollout@1:0.5", "rollout@1:0.1+correct+bits=3+fit")
+    asked = [word for setting in settings for word in ("--setting", setting)]
+    told = csd(
+        *("bench", "quality", MODEL, "--tokens", 128, "--calibration", 128, *asked),
+        *("--plot", plot, "--to", to, "--markdown"),
+        drive=device,
+    )
+    assert told.status == 0, told.stderr
+    assert [line.split(" | ")[0] for line in told.stdout.splitlines()[-3:]] == [
+        f"| {setting}" for setting in settings
+    ]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    measured = json.loads(to.read_text())
     assert (measured["model"], measured["tokens"]) == (MODEL, 128)
-    exact, kept = measured["rows"]
-    assert (exact["quality"], kept["quality"]) == ("exact", "0.5")
-    assert 5 < exact["perplexity"] < 80
-    assert exact["perplexity"] <= kept["perplexity"] < 400
-    assert exact["recall"] is None
-    assert 0 < kept["recall"] <= 1
-    assert kept["staged_bytes_per_token"] < exact["staged_bytes_per_token"]
+    assert measured["provenance"]["calibration_tokens"] == 128
+    oracle, rollout, corrected = measured["outcomes"]
+    assert 5 < measured["dense_perplexity"] < 80
+    assert 0 < oracle["kl_nats"] < rollout["kl_nats"]
+    assert 0.5 < rollout["recall"] < oracle["recall"] == 1
+    assert corrected["staged_bytes_per_token"] < 0.25 * rollout["staged_bytes_per_token"]
+    assert [layer["layer"] for layer in rollout["layers"]] == list(range(30))
+
+
+def test_quality_is_measured_through_a_drive(csd: CommandLine, device: Device) -> None:
+    measured = csd(
+        *("bench", "quality", MODEL, "--through-drive", "--tokens", 128, "--json"),
+        *("--setting", "rollout@1:0.5"),
+        drive=device,
+    ).answer
+    (kept,) = measured["outcomes"]
+    assert measured["provenance"]["measured"] == "through a drive"
+    assert kept["name"] == "rollout@1:0.5"
+    assert 5 < measured["dense_perplexity"] < 80
+    assert 0 < kept["kl_nats"] < 1
+    assert 0.5 < kept["agreement"] < 1
+    assert 0.5 < kept["recall"] < 1
+    assert kept["computed_share"] == 0.5
+    assert kept["staged_bytes_per_token"] < measured["dense_bytes_per_token"]
+
+
+def test_what_is_no_setting_is_refused(csd: CommandLine, device: Device) -> None:
+    for wrong, why in (("psychic:0.5", "is no setting"), ("rollout@1:0.5+fit", "leave bits")):
+        refused = csd(
+            *("bench", "quality", MODEL, "--through-drive", "--setting", wrong), drive=device
+        )
+        assert refused.status == 2
+        assert why in " ".join(refused.stderr.split())
 
 
 def test_plan_keeps_to_its_budget(csd: CommandLine, device: Device) -> None:
@@ -128,6 +170,18 @@ def test_plan_keeps_to_its_budget(csd: CommandLine, device: Device) -> None:
     staged = [plan["staged_bytes_per_token"] for plan in plans]
     assert staged == sorted(staged, reverse=True)
     assert staged[-1] > 0
+    for plan in plans:
+        drives = [entry["drive"] for entry in plan["modelled"]]
+        assert drives == ["cloud", "edge", "end", "edge-gen5"]
+        for entry in plan["modelled"]:
+            parts = [entry[f"{name}_ns"] for name in ("nand", "dram", "link", "host")]
+            assert max(parts) <= entry["token_ns"] <= sum(parts)
+            assert entry["compute_ns"] == 0  # exact: no program runs
+
+
+@pytest.mark.parametrize("rate", ["fast", "0"])
+def test_a_host_rate_is_a_size(csd: CommandLine, device: Device, rate: str) -> None:
+    csd("plan", MODEL, "--host-rate", rate, drive=device).refused(2)
 
 
 def test_the_drive_speaks_of_itself(csd: CommandLine, device: Device) -> None:

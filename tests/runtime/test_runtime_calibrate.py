@@ -10,6 +10,7 @@ import torch
 
 from csd_protocol.packed import Role
 from csd_protocol.program_file import encode_frequency
+from host_client.calibrate.losses import Losses
 from host_client.calibrate.predictor import build_frequency, load_predictor, read_down_norms
 from host_client.calibrate.preparation import (
     Loaded,
@@ -17,7 +18,7 @@ from host_client.calibrate.preparation import (
     calibrate,
     load_predictors,
 )
-from host_client.calibrate.quality import perplexity_in_windows, perplexity_token_by_token
+from host_client.calibrate.quality import decoded_losses, dense_truths
 from host_client.calibrate.statistics import WANTED_SHARE, measure_frequencies
 from host_client.calibrate.text import Split, default_text, token_windows
 from host_client.model.catalog import open_model, read_frequencies, store_frequencies
@@ -140,11 +141,13 @@ def test_calibration_counts_on_the_calibration_half(make_lab) -> None:
 
 
 def test_the_halves_of_the_text_share_nothing() -> None:
-    """Though some topics of the reference have the very text of another one."""
+    """Though topics of the reference quote each other, and some have the very text of another."""
     calibration, held_out = (default_text(split) for split in Split)
     assert min(len(calibration), len(held_out)) > 50_000
     shared = [text for text in topics.values() if text in calibration and text in held_out]
     assert not shared
+    paragraphs = [{*text.split("\n\n")} for text in (calibration, held_out)]
+    assert not paragraphs[0] & paragraphs[1]
     with pytest.raises(ValueError, match="tokens; 9 were asked for"):
         token_windows(ByteTokenizer(257), "short", 9, 4)
 
@@ -239,5 +242,10 @@ def test_perplexities_agree_at_exact_quality(lab, windows) -> None:
     with torch.inference_mode():
         losses = [float(dense(window, labels=window).loss) for window in short]
     expected = float(np.exp(np.mean(losses)))
-    assert perplexity_in_windows(model, short, silent) == pytest.approx(expected, rel=1e-4)
-    assert perplexity_token_by_token(model, short, silent) == pytest.approx(expected, rel=1e-4)
+    truths = dense_truths(model, short, silent)
+    in_windows = sum((truth.losses for truth in truths), Losses())
+    assert in_windows.perplexity == pytest.approx(expected, rel=1e-4)
+    decoded = decoded_losses(model, short, truths, silent)
+    assert decoded.perplexity == pytest.approx(expected, rel=1e-4)
+    assert decoded.agreed == decoded.scored == 3 * 11
+    assert abs(decoded.kl) < 1e-4

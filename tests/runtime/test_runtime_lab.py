@@ -19,15 +19,16 @@ from host_client.calibrate.choosers import (
     Rollout,
     Shadow,
     Window,
-    top,
 )
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.lab import Lab, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
-from host_client.calibrate.quality import perplexity_token_by_token
+from host_client.calibrate.quality import decoded_losses, dense_truths
+from host_client.calibrate.selection import count_top, top
 from host_client.model.errors import MissingTensor
 from host_client.model.safetensors_folder import SafetensorsFolder
+from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer
 from host_client.runtime.quality import Quality
 
 NAME = "tied"
@@ -108,9 +109,33 @@ def test_a_program_costs_in_the_lab_what_it_costs_through_the_drive(
     runtime = lab.open(NAME, lab.budget(NAME, 0.0), quality, lookahead=lookahead)
     assert not runtime.csd.plan.resident_units[runtime.csd.packed.find(Role.FFN, 0).site]
     split = [window[None] for window in windows]
-    through_drive = perplexity_token_by_token(runtime, split, lambda done, total: None)
-    assert outcome.perplexity == pytest.approx(through_drive, rel=1e-3)
+    truths = dense_truths(lab.zoo.dense(NAME), split, lambda done, total: None)
+    through_drive = decoded_losses(runtime, split, truths, lambda done, total: None)
+    assert outcome.perplexity == pytest.approx(through_drive.perplexity, rel=1e-3)
+    assert outcome.kl_nats == pytest.approx(through_drive.kl / through_drive.scored, rel=0.02)
+    assert outcome.agreement == pytest.approx(through_drive.agreed / through_drive.scored, abs=0.04)
     assert abs(outcome.against_dense) > (0.01 if correction is None else 0.002)
+
+
+@pytest.mark.parametrize("share, lookahead", [(1.0, 1), (0.5, 1), (0.5, 2)])
+def test_leaving_heads_out_costs_in_the_lab_what_it_costs_through_the_drive(
+    lab, open_dense, windows, share: float, lookahead: int
+) -> None:
+    model = open_dense(NAME)
+    groups, layers = model.shape.kv_heads, model.shape.layers
+    fewer = kept_by_layer(0.5, groups, layers, DENSE_LAYERS_DEFAULT)
+    assert fewer == [2, 2, 1, 1]
+    setting = Setting("", lambda: Rollout(model, "low", lookahead), kept(model, share), heads=fewer)
+    (outcome,) = Lab(model, views_of(model), windows).measure([setting]).outcomes
+    lab.drive.load_program(5, rollout_file(model))
+    quality = Quality(share, heads=0.5)
+    runtime = lab.open(NAME, lab.budget(NAME, 0.0), quality, lookahead=lookahead)
+    split = [window[None] for window in windows]
+    truths = dense_truths(lab.zoo.dense(NAME), split, lambda done, total: None)
+    through_drive = decoded_losses(runtime, split, truths, lambda done, total: None)
+    assert outcome.perplexity == pytest.approx(through_drive.perplexity, rel=1e-3)
+    assert abs(outcome.against_dense) > 0.002
+    assert outcome.groups_recall > 0.7
 
 
 def shadow_file(model: DenseModel) -> bytes:
@@ -270,6 +295,26 @@ def test_top_is_so_many_of_each_row() -> None:
     scores = torch.tensor([[3.0, 1.0, 2.0], [0.0, -1.0, -2.0]])
     assert top(scores, 2).tolist() == [[True, False, True], [True, True, False]]
     assert not top(scores, 0).any()
+    assert top(scores, 9).all()
+
+
+@pytest.mark.parametrize("count", [1, 7, 33, 100, 129, 130])
+def test_top_is_what_a_stable_sort_says(count: int) -> None:
+    dice = torch.Generator().manual_seed(count)
+    scores = torch.randn(3, 40, 130, generator=dice)
+    scores[0] = scores[0].mul(2).round()  # many equals
+    scores[1, :, ::3] = -torch.inf
+    scores[2].mul_(1e-42)  # too small for a normal float32
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    expected = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+    assert torch.equal(top(scores, count), expected)
+    other = torch.rand(scores.shape, generator=dice) < 0.5
+    assert count_top(other, scores, count) == int((other & expected).sum())
+
+
+def test_constants_spread_over_rows_are_chosen_from() -> None:
+    scores = torch.tensor([2.0, 5.0, 3.0]).expand(4, 2, 3)
+    assert top(scores, 1).tolist() == [[[False, True, False]] * 2] * 4
 
 
 # ---- calibration -----------------------------------------------------------------------------

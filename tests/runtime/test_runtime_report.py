@@ -81,6 +81,24 @@ def test_a_report_of_a_kept_fraction(lab, tokens_of) -> None:
     assert 0 < report.staged_bytes_per_token < model.csd.plan.staged_bytes_per_token
 
 
+def test_a_report_of_heads(lab, tokens_of) -> None:
+    _, packed = lab.packed(NAME)
+    rollout = build_predictor(lab.drive, packed, "rollout", lambda done, total: None)
+    lab.drive.load_program(0, rollout)
+    model = lab.open(NAME, lab.budget(NAME, 0.0), "0.5+heads=0.5")
+    report = measure(lab, model, tokens_of(lab, NAME, 5), 6)
+    assert (report.kept, report.kept_heads, report.heads_predictor) == (0.5, 0.5, "rollout")
+    shown = rows_of(report, model)["predicted"]
+    assert shown.startswith(
+        "0.5 of the KV groups, chosen by the drive's rollout program, and 0.5 of"
+    )
+    model.csd.close()
+    alone = lab.open(NAME, lab.budget(NAME, 0.0), "1+heads=0.5")
+    report = measure(lab, alone, tokens_of(lab, NAME, 5), 6)
+    assert (report.quality, report.kept, report.predictor) == ("1+heads=0.5", 1, "rollout")
+    assert "neurons" not in rows_of(report, alone)["predicted"]
+
+
 def test_a_report_of_corrections(lab, tokens_of) -> None:
     _, packed = lab.packed(NAME)
     shadow = build_predictor(lab.drive, packed, "shadow", lambda done, total: None)

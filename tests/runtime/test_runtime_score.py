@@ -18,7 +18,6 @@ from host_client.calibrate.choosers import (
     Rollout,
     Shadow,
     Window,
-    top,
 )
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.lab import Lab, Setting
@@ -28,6 +27,7 @@ from host_client.calibrate.preparation import Kind, build_predictor
 from host_client.calibrate.program_choosers import chooser_of
 from host_client.calibrate.read_program import read_program
 from host_client.calibrate.score import find_program, loaded_for_now, score_program
+from host_client.calibrate.selection import top
 from host_client.driver.commands import Origin, Told
 from host_client.model.safetensors_folder import SafetensorsFolder
 from host_client.runtime.refusals import NoPredictor, RequestRefused
@@ -178,3 +178,5 @@ def test_what_cannot_be_scored_is_refused(lab, windows) -> None:
         entry = find_program(lab.drive, NAME, program=number)
         with pytest.raises(RequestRefused, match="speaks for heads"):
             score_program(lab.drive, packed, entry, [windows], 1, THIRD, AMPLE, silent)
+        with pytest.raises(NoPredictor, match=r"its programs there: \d+ \(frequency of heads\)"):
+            find_program(lab.drive, NAME, Kind.FREQUENCY)

@@ -7,7 +7,7 @@ import torch
 from csd_protocol.program_file import ProgramKind
 from host_client.calibrate import two_layers
 from host_client.calibrate.farsight import Farsight
-from host_client.calibrate.farsight_fit import SightText, fit_farsight, width_within
+from host_client.calibrate.farsight_fit import SightText, fit_farsight, width_for
 from host_client.calibrate.labels import Labels
 from host_client.calibrate.read_program import read_program
 from host_client.calibrate.training import found_share
@@ -112,9 +112,14 @@ def test_the_same_text_makes_the_same_farsight(dice) -> None:
 
 
 def test_a_farsight_is_as_wide_as_its_share_allows() -> None:
-    assert width_within(5_580_000, 576, 30 * 1536) == 112
+    assert width_for(139_500_000, 0.04, 576, 30 * 1536) == 112
     with pytest.raises(ValueError, match="the narrowest for this model has 752,576"):
-        width_within(700_000, 576, 30 * 1536)
+        width_for(7_000_000, 0.1, 576, 30 * 1536)
+
+
+def test_a_farsight_that_nobody_sized_is_never_too_narrow() -> None:
+    assert width_for(139_500_000, None, 576, 30 * 1536) == 112
+    assert width_for(7_000_000, None, 576, 30 * 1536) == 16
 
 
 def test_one_window_is_no_text_to_judge_by(dice) -> None:

@@ -148,6 +148,20 @@ def test_pcie_generation_and_lanes_are_a_rate(generation: int, lanes: int, giga:
     assert link.bytes_per_s == pytest.approx(giga * 1e9, rel=2e-4)
 
 
+def test_a_link_carries_less_than_its_rate_since_packets_have_headers() -> None:
+    link = load_config("reference").link
+    full = link.transfer_ns(1 << 30) / 1e9 * link.payload_bytes_per_s
+    assert full == pytest.approx(1 << 30, rel=1e-6)
+
+
+def test_nand_streams_at_the_rate_of_its_buses_or_of_its_arrays() -> None:
+    edge = load_config("edge-gen5")
+    assert edge.nand_bytes_per_s == 8 * 2_400_000_000  # 128 planes could read 52 GB/s
+    slow = edge.timing.model_copy(update={"read_ns": (400_000,)})
+    arrays = edge.model_copy(update={"timing": slow})
+    assert arrays.nand_bytes_per_s == 128 * 16384 * 1_000_000_000 // 400_000
+
+
 def test_virtual_clock_jumps_and_never_goes_back() -> None:
     clock = VirtualClock()
     assert clock.now_ns() == 0

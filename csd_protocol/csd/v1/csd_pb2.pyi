@@ -1142,6 +1142,7 @@ class PredictAndStage(_message.Message):
     OBSERVED_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     model: _builtins.int
     program: _builtins.int
     token: _builtins.int
@@ -1150,6 +1151,8 @@ class PredictAndStage(_message.Message):
     """float32, little endian [rows, hidden]"""
     rows: _builtins.int
     """of `hidden`; 0: one"""
+    heads: _builtins.int
+    """the program that chooses KV groups; not there: `program`"""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTarget]: ...
     @_builtins.property
@@ -1179,12 +1182,15 @@ class PredictAndStage(_message.Message):
         observed: _abc.Iterable[Global___Observed] | None = ...,
         origin: Global___HiddenOrigin | None = ...,
         experts: Global___TopExperts | None = ...,
+        heads: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "origin", b"origin"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_heads", b"_heads", "experts", b"experts", "heads", b"heads", "origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "hidden", b"hidden", "model", b"model", "observed", b"observed", "origin", b"origin", "program", b"program", "release", b"release", "rows", b"rows", "targets", b"targets", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_heads", b"_heads", "experts", b"experts", "heads", b"heads", "hidden", b"hidden", "model", b"model", "observed", b"observed", "origin", b"origin", "program", b"program", "release", b"release", "rows", b"rows", "targets", b"targets", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__heads: _TypeAlias = _typing.Literal["heads"]  # noqa: Y015
+    _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
 
 Global___PredictAndStage: _TypeAlias = PredictAndStage  # noqa: Y015
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from csd_device.clock import TimeMode
+from csd_device.config import load_config
 from csd_device.firmware import commands as c
 from csd_device.firmware.dispatch import HANDLERS
 from csd_protocol.opcodes import Feature, LogPage
@@ -136,6 +137,13 @@ def test_identify_describes_the_drive(host):
     controller = identify(host, 1)
     assert controller["model"] == "tiny"
     assert controller["mdts_bytes"] == host.drive.mdts_bytes
+    config = load_config("tiny")
+    assert controller["nand"] == {
+        "bytes_per_s": config.nand_bytes_per_s,
+        "read_ns": config.timing.mean_read_ns,
+    }
+    assert controller["dram"]["unit_cache_bytes"] == config.dram.unit_cache_bytes
+    assert controller["link"]["payload_bytes_per_s"] == config.link.payload_bytes_per_s
     window = identify(host, 0xC0)
     assert window["bytes"] == host.drive.window_bytes
     assert window["path"] == str(host.drive.window_path)

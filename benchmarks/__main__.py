@@ -24,6 +24,7 @@ BENCHMARKS = (
     "stage_latency",
     "generate",
     "expert_recall",
+    "two_levels",
 )
 
 

@@ -4,14 +4,17 @@
     byte 512 KiB    directory, slot 1     higher generation; a torn write leaves the other
     byte 1 MiB ..   models, one extent each, aligned to 1 MiB:
                         manifest          JSON, `PackedModel`; two slots, the directory says which
-                        CRC table         uint32 little endian, one a unit, sites in order
+                        CRC table         uint32 little endian, one a unit, sites in order; of a
+                                          placed model the slots of its neurons behind them
                         progress          one logical block while packing, `Progress`
-                        frequencies       uint32 little endian, one a neuron, layers in order;
-                                          two slots, the manifest says which
+                        frequencies       uint32 little endian, one a neuron, layers in order,
+                        calibration       and what else was measured; two slots of each, the
+                                          manifest says which
                         sites             arrays of equal units, each site aligned to a block
 
 A *site* is an array of units of one kind, one layer and one size, so the place of a unit is
-`offset_bytes + index * unit_bytes`. Units hold 16-bit values, row after row. A model packed in
+`offset_bytes + index * unit_bytes`; in the FFNs of a *placed* model, `offset_bytes + slot[index] *
+unit_bytes` (`csd_protocol.unit_table`). Units hold 16-bit values, row after row. A model packed in
 several copies has all of its sites, and the CRC table, once more at each multiple of
 `copy_stride_bytes`. `docs/FORMAT.md` has the bytes.
 """
@@ -28,7 +31,8 @@ from csd_protocol.crc32c import crc32c
 FORMAT_VERSION: Final = 1
 COPIES_VERSION: Final = 2  # of a manifest with more than one copy
 EXTENDED_VERSION: Final = 3  # of a manifest with fields that came later; see `PackedModel.extended`
-NEWEST_VERSION: Final = EXTENDED_VERSION
+CALIBRATED_VERSION: Final = 4  # of a manifest of a model that was calibrated or placed
+NEWEST_VERSION: Final = CALIBRATED_VERSION
 COPIES_MAX = 4
 BLOCK_BYTES = 4096
 DIRECTORY_SLOT_BYTES = 512 * 1024
@@ -63,7 +67,7 @@ class Role(StrEnum):
     ROUTER = "router"  # of a mixture: a row of the router is an expert
 
 
-Version = Literal[1, 2, 3]
+Version = Literal[1, 2, 3, 4]
 Count = Annotated[int, Field(gt=0)]
 Offset = Annotated[int, Field(ge=0)]
 
@@ -138,6 +142,8 @@ class PackedModel(_Record):
     frequency_tokens: Offset = 0  # how many tokens the frequencies were counted over
     copies: Annotated[int, Field(ge=1, le=COPIES_MAX)] = 1  # how often each site lies on the drive
     copy_stride_bytes: Offset = 0  # from a site in one copy to the same in the next
+    calibration: Extent | None = None
+    placed: bool = False  # whether the CRC table says in which slot of its site each neuron lies
 
     def find(self, role: Role, layer: int = -1) -> Site:
         """The site with this role in this layer, no expert's. Raises KeyError naming it."""
@@ -167,6 +173,22 @@ class PackedModel(_Record):
     def extended(self) -> bool:
         """Whether the manifest says what only EXTENDED_VERSION can say."""
         return any(site.expert >= 0 or site.role is Role.ROUTER for site in self.sites)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the manifest says what only CALIBRATED_VERSION can say."""
+        return self.placed or self.calibration is not None
+
+    @property
+    def in_oldest_version(self) -> "PackedModel":
+        """The same, as a manifest of the oldest version that can say it."""
+        version = manifest_version(self.copies, self.extended, self.calibrated)
+        return self.model_copy(update={"format_version": version})
+
+    @property
+    def slot_count(self) -> int:
+        """How many entries the CRC table has behind its checksums."""
+        return sum(site.count for site in self.ffns()) if self.placed else 0
 
     @property
     def layer_count(self) -> int:
@@ -288,6 +310,8 @@ def encode_manifest(model: PackedModel) -> bytes:
         unsaid |= {"copies": True, "copy_stride_bytes": True}
     if not model.extended:
         unsaid |= {"sites": {"__all__": {"expert"}}}
+    if not model.calibrated:
+        unsaid |= {"calibration": True, "placed": True}
     return _seal(model.model_dump_json(exclude=unsaid).encode(), 0, model.format_version)
 
 
@@ -313,13 +337,13 @@ def _check_sites(model: PackedModel) -> None:
         if site.parts and site.values != sum(prod(part.shape) for part in site.parts):
             raise FormatError(f"manifest of {model.name}: parts of {site.name} do not fill it")
         first_crc += site.count
-    if model.crc_table.length_bytes != 4 * first_crc:
+    if model.crc_table.length_bytes != 4 * (first_crc + model.slot_count):
         raise FormatError(f"manifest of {model.name}: CRC table does not cover its units")
 
 
 def _check_copies(model: PackedModel, version: int) -> None:
     said = f"manifest of {model.name}: {model.copies} copies"
-    if not version == model.format_version == manifest_version(model.copies, model.extended):
+    if not version == model.format_version == model.in_oldest_version.format_version:
         raise FormatError(f"{said} do not go with format version {version}")
     begin = model.crc_table.offset_bytes
     end = max((site.offset_bytes + site.length_bytes for site in model.sites), default=begin)
@@ -329,8 +353,10 @@ def _check_copies(model: PackedModel, version: int) -> None:
         raise FormatError(f"{said}, {model.copy_stride_bytes} bytes apart, lie over each other")
 
 
-def manifest_version(copies: int, extended: bool = False) -> Version:
+def manifest_version(copies: int, extended: bool = False, calibrated: bool = False) -> Version:
     """The oldest format version that such a manifest can be written in."""
+    if calibrated:
+        return CALIBRATED_VERSION
     if extended:
         return EXTENDED_VERSION
     return FORMAT_VERSION if copies == 1 else COPIES_VERSION

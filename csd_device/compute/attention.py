@@ -96,6 +96,11 @@ class KeyValues:
         self._values: F32 = np.zeros((layers, shape.context, shape.kv_width), np.float32)
         self._last = (0, 0)  # position and rows of the last command
 
+    @property
+    def context(self) -> int:
+        """Positions kept."""
+        return self._shape.context
+
     def begin(self, first: int, rows: int) -> None:
         """A command that attends at these positions; forgets what a new beginning makes untrue.
 

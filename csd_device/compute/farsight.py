@@ -105,7 +105,6 @@ class FarsightProgram(LayeredProgram[Head]):
     def begin(self, given: ProgramInput, memory: KeyValues | None = None) -> Run:
         assert memory is not None
         check_width(given.hidden, self._input_norm.size)
-        memory.begin(given.token, given.hidden.shape[0])
         return _Sight(self, given, memory)
 
     def features(self, hidden: F32, memory: KeyValues, first: int) -> F32:
@@ -149,16 +148,21 @@ class _Sight:
         self._features: F32 | None = None
 
     def score(self, layer: int) -> tuple[F32, Cost]:
-        cost = self.remember(layer) + self._program.cost(layer, self._given.hidden.shape[0])
+        cost = self._see(layer, 0) + self._program.cost(layer, self._given.hidden.shape[0])
         assert self._features is not None
         return self._program.score_features(layer, self._features), cost
 
     def remember(self, layer: int) -> Cost:
-        """The features alone, made once."""
+        """The features alone, of as many rows as positions are kept: of more, the last ones."""
+        return self._see(layer, max(0, self._given.hidden.shape[0] - self._memory.context))
+
+    def _see(self, layer: int, early: int) -> Cost:
+        """Makes the features, once, of the rows behind the `early` ones; what that costs."""
         self._program.layer(layer)
         if self._features is not None:
             return NO_COST
-        hidden, first = self._given.hidden, self._given.token
+        hidden, first = self._given.hidden[early:], self._given.token + early
+        self._memory.begin(first, hidden.shape[0])
         self._features = self._program.features(hidden, self._memory, first)
         return self._program.features_cost(first, hidden.shape[0])
 

@@ -31,10 +31,12 @@ from csd_protocol.packed import (
     decode_manifest,
 )
 from csd_protocol.status import Status
+from csd_protocol.unit_table import UnitTable, decode_unit_table
 from csd_protocol.units import format_size
 
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
+I64 = npt.NDArray[np.int64]
 
 MANIFEST_BYTES_MAX = 64 << 20  # hosts write manifests: what one may make the firmware read
 SITE_ENTRY_BYTES = 64  # of on-drive DRAM, in the firmware's own site table; assumed
@@ -57,6 +59,18 @@ class SiteRecord:
     copy_stride_bytes: int
     key: tuple[int, int]  # (model, site)
     crcs: U32  # [count]
+    slots: U32 | None  # [count], where each unit lies; None: in the order of their numbers
+
+    def offsets_of(self, units: U32) -> I64:
+        """Where these units lie in the first copy, in bytes of the namespace [n]."""
+        slots = units if self.slots is None else self.slots[units]
+        return self.offset_bytes + slots.astype(np.int64) * self.unit_bytes
+
+    def by_place(self, units: U32, rows: I64) -> I64:
+        """`rows` of `units`, in the order in which those lie."""
+        if self.slots is None:
+            return rows
+        return rows[np.argsort(self.slots[units[rows]])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,19 +203,22 @@ class ModelCatalog:
         table_bytes = manifest.crc_table.length_bytes + SITE_ENTRY_BYTES * len(manifest.sites)
         self._arena.allot(_allotment(entry.model), table_bytes)
         try:
-            crcs = self._read_crcs(manifest, time)
+            table = decode_unit_table(manifest, self._read_table(manifest, time).tobytes())
+        except FormatError as error:
+            self._arena.free(_allotment(entry.model))
+            raise _no_model(f"model {entry.model} ({entry.name}): {error}") from error
         except CommandError:
             self._arena.free(_allotment(entry.model))
             raise
-        sites = tuple(_record(entry.model, manifest, site, crcs) for site in manifest.sites)
+        sites = tuple(_record(entry.model, manifest, site, table) for site in manifest.sites)
         return LoadedModel(entry.model, entry.name, entry, sites)
 
-    def _read_crcs(self, manifest: PackedModel, time: CommandTime) -> U32:
+    def _read_table(self, manifest: PackedModel, time: CommandTime) -> U8:
         """The CRC table beside the first copy that can be read."""
         for copy in range(manifest.copies - 1):
             with suppress(UnrecoveredRead):
-                return self._read(manifest.table_of(copy), time).view(np.uint32)
-        return self._read(manifest.table_of(manifest.copies - 1), time).view(np.uint32)
+                return self._read(manifest.table_of(copy), time)
+        return self._read(manifest.table_of(manifest.copies - 1), time)
 
     def _check_extents(self, entry: DirectoryEntry, manifest: PackedModel) -> None:
         """Raises CommandError when a manifest points outside the model's own extent."""
@@ -233,7 +250,7 @@ def _no_model(detail: str) -> CommandError:
     return CommandError(Status.NO_MODEL, detail)
 
 
-def _record(model: int, manifest: PackedModel, site: Site, crcs: U32) -> SiteRecord:
+def _record(model: int, manifest: PackedModel, site: Site, table: UnitTable) -> SiteRecord:
     return SiteRecord(
         site=site.site,
         name=site.name,
@@ -247,5 +264,6 @@ def _record(model: int, manifest: PackedModel, site: Site, crcs: U32) -> SiteRec
         copies=manifest.copies,
         copy_stride_bytes=manifest.copy_stride_bytes,
         key=(model, site.site),
-        crcs=crcs[site.first_crc : site.first_crc + site.count],
+        crcs=table.crcs_of(site),
+        slots=table.slots.get(site.site),
     )

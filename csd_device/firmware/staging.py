@@ -11,7 +11,8 @@ command for want of room or for the media's sake: it brings what it can, the hig
 and says how many it could not. Nor is it waited for, unless a command has nothing else: a command
 is done when its targets to the window are, and what goes to DRAM is there at its own `ready_ns`.
 
-Everything is arrays of unit numbers, ascending; row i of a lease is unit i of them. What is read
+Everything is arrays of unit numbers, ascending; row i of a lease is unit i of them. They are read
+in the order in which they lie, so that two units of a page cost one read of it. What is read
 goes into its lease and into the unit cache with its CRC32C computed, in one pass where that can be
 (`csd_device.checked_copy`). A command stages all of its targets or none: what fails gives back what
 it had leased.
@@ -216,6 +217,7 @@ class Stager:
         slots = cache.hold(site.key, choice.units, is_new=False)
         missing = choice.units[slots < 0]
         wanted = choice.best(missing, cache.room(site.unit_bytes, missing.size))
+        wanted = wanted[site.by_place(wanted, np.arange(wanted.size))]
         parts, reads, lost = [NO_UNITS], [_NO_READS], 0
         for rows in _pieces(np.arange(wanted.size), site.unit_bytes, PIECE_BYTES):
             units = wanted[rows]
@@ -249,7 +251,7 @@ class Stager:
         ready_ns = self.cache.ready_ns(site.key, slots[hits])
         if hits.size == units.size:
             return _Brought(units.size, _NO_READS, NO_UNITS, dram_ready_ns=ready_ns)
-        misses = np.flatnonzero(slots < 0)
+        misses = site.by_place(units, np.flatnonzero(slots < 0))
         reads = [
             self._read_piece(site, units, rows, out, copies)
             for rows in _pieces(misses, site.unit_bytes)
@@ -262,7 +264,7 @@ class Stager:
     ) -> PageReads:
         """Reads units[rows] from NAND into out[rows], checks them, and has them cached."""
         wanted = units[rows]
-        side_by_side = int(rows[-1]) - int(rows[0]) + 1 == rows.size
+        side_by_side = _side_by_side(rows)
         data = out[rows[0] : rows[-1] + 1] if side_by_side else self._scratch_rows(rows, site)
         reads = self._read_checked(site, wanted, data, None if copies is None else copies[rows])
         if not side_by_side:
@@ -278,7 +280,7 @@ class Stager:
 
         Raises PieceUnreadable for those that cannot be had; the others are cached.
         """
-        offsets = site.offset_bytes + units.astype(np.int64) * site.unit_bytes
+        offsets = site.offsets_of(units)
         if copies is not None:
             offsets += copies * site.copy_stride_bytes
         room = self.cache.claim(site.key, units, site.unit_bytes)
@@ -338,7 +340,7 @@ class Stager:
             site = model.site(target.site)
             units = _choose(site, target, host, prediction, time).units
             copies = _copies_of(site, target, units)
-            misses = np.flatnonzero(self.cache.lookup(site.key, units) < 0)
+            misses = site.by_place(units, np.flatnonzero(self.cache.lookup(site.key, units) < 0))
             for rows in _pieces(misses, site.unit_bytes) if misses.size else ():
                 data = self._scratch_rows(rows, site)
                 of = None if copies is None else copies[rows]
@@ -436,9 +438,9 @@ def _parts_left(rows: I64, error: UnrecoveredRead, unread: Flags) -> list[I64]:
 
 def _by_copy(site: SiteRecord, units: U32, lost: Flags, copies: I64 | None) -> list[LostUnits]:
     if copies is None:
-        return [LostUnits(site.site, 0, units[lost])]
+        return [LostUnits(site.site, 0, np.sort(units[lost]))]
     return [
-        LostUnits(site.site, int(copy), units[lost & (copies == copy)])
+        LostUnits(site.site, int(copy), np.sort(units[lost & (copies == copy)]))
         for copy in np.unique(copies[lost])
     ]
 
@@ -449,9 +451,13 @@ def _pieces(rows: I64, unit_bytes: int, bulk_bytes: int = BULK_BYTES) -> Iterato
     Rows side by side go straight to the window, in parts of at most `bulk_bytes`; others by way of
     scratch memory that stays in the processor's cache, PIECE_BYTES of it.
     """
-    side_by_side = rows.size > 0 and int(rows[-1]) - int(rows[0]) + 1 == rows.size
-    step = max(1, (bulk_bytes if side_by_side else PIECE_BYTES) // unit_bytes)
+    step = max(1, (bulk_bytes if _side_by_side(rows) else PIECE_BYTES) // unit_bytes)
     return (rows[start : start + step] for start in range(0, rows.size, step))
+
+
+def _side_by_side(rows: I64) -> bool:
+    """Whether each row follows the one before it; no row does not."""
+    return rows.size > 0 and bool((np.diff(rows) == 1).all())
 
 
 def _joined(reads: list[PageReads]) -> PageReads:

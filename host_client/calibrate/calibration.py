@@ -72,6 +72,35 @@ def walk(
             progress(number + 1, model.shape.layers)
 
 
+class UnitSums:
+    """What the scores of a layer's units come to, rows of them after rows."""
+
+    def __init__(self, units: int, device: torch.device) -> None:
+        self.third = max(1, round(WANTED_SHARE * units))
+        self._counts = torch.zeros(units, device=device, dtype=torch.int64)
+        self._dropped = torch.zeros(units + 1, device=device, dtype=torch.float64)
+        self._tokens = 0
+
+    def add(self, scores: torch.Tensor) -> torch.Tensor:
+        """scores: float32 [tokens, units]. The top third of each token: bool, of that shape."""
+        wanted = top(scores, self.third)
+        self._counts += wanted.sum(0)
+        squares = scores.sort(dim=1).values.double().pow_(2).sum(0)
+        self._dropped[:-1] += squares.cumsum(0).flip(0)
+        self._tokens += scores.shape[0]
+        return wanted
+
+    @property
+    def counts(self) -> U32:
+        """[units], tokens that had the unit in their top third."""
+        return self._counts.cpu().numpy().astype(np.uint32)
+
+    @property
+    def dropped(self) -> F32:
+        """[units + 1], squared output lost, a token, when only so many units are kept."""
+        return (self._dropped / max(1, self._tokens)).float().cpu().numpy()
+
+
 @dataclass(frozen=True, slots=True)
 class _Passed:
     attended: torch.Tensor
@@ -87,9 +116,8 @@ def _pass(model: DenseModel, layer: DecoderLayer, hidden: torch.Tensor) -> _Pass
     units, width = layer.gate.shape
     attention, ffn = torch.zeros(width, width), torch.zeros(width, width)
     active = torch.zeros(units, units)
-    counts, dropped = torch.zeros(units), torch.zeros(units + 1)
-    third = max(1, round(WANTED_SHARE * units))
-    attended, head_norms, left, tokens = [], [], [], hidden.shape[0] * hidden.shape[1]
+    sums = UnitSums(units, model.device)
+    attended, head_norms, left = [], [], []
     for part in hidden.split(_WINDOWS_AT_ONCE):
         _add_moments(attention, model.normed(part, layer.attn_norm))
         outputs = model.group_outputs(layer, model.mixed(layer, part))
@@ -102,16 +130,14 @@ def _pass(model: DenseModel, layer: DecoderLayer, hidden: torch.Tensor) -> _Pass
         scores = (activity.abs() * layer.down_norm).flatten(0, 1)
         left_out = ~top(scores, round(COMPUTED_SHARE * units)).view_as(activity)
         _add_moments(active, activity.mul_(left_out))
-        counts += top(scores, third).sum(0)
-        squares = scores.sort(dim=1).values.pow_(2).mean(0) * (scores.shape[0] / tokens)
-        dropped[:-1] += squares.cumsum(0).flip(0)
+        sums.add(scores)
     return _Passed(
         torch.cat(attended),
         torch.cat(head_norms),
         torch.cat(left),
         Moments(*(moments.double().numpy() for moments in (attention, ffn, active))),
-        counts.to(torch.int64).numpy().astype(np.uint32),
-        dropped.numpy(),
+        sums.counts,
+        sums.dropped,
     )
 
 

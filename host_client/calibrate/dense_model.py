@@ -66,15 +66,21 @@ class DenseModel:
     Weights are rounded to 16 bits as they are when the model is packed, so that units near a
     threshold fall as they do on a drive.
     `dtype`: of the factors of matrix products; sums, norms and the residual stream are float32.
+    `device`: where weights and states are.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Raises UnknownFamily, InvalidConfig or UnsupportedModel."""
         find_family(checkpoint.config, checkpoint.source).check(checkpoint.config)
         _check_known(checkpoint)
         self._checkpoint = checkpoint
         self._packed_dtype = getattr(torch, checkpoint.dtype)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, torch.device(device)
         self.shape: LlamaShape = llama_shape(checkpoint.config)
         self.rms_eps = float(checkpoint.config.get("rms_norm_eps", 1e-6))
         settings = dict(checkpoint.config)
@@ -127,7 +133,7 @@ class DenseModel:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [windows, tokens] -> float32 [windows, tokens, hidden]."""
-        rows: torch.Tensor = self._embedding[ids]
+        rows: torch.Tensor = self._embedding[ids.to(self.device)]
         return rows.float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -199,7 +205,7 @@ class DenseModel:
     def _rotation(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         embedding: Any = LlamaRotaryEmbedding(config=self._config)
         cosines, sines = embedding(torch.empty(1), torch.arange(tokens)[None])
-        return cosines[0], sines[0]
+        return cosines[0].to(self.device), sines[0].to(self.device)
 
     def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
         heads: torch.Tensor = rows.unflatten(2, (-1, self.shape.head_dim))
@@ -210,7 +216,12 @@ class DenseModel:
 
     def _read(self, name: str) -> torch.Tensor:
         rows = self._checkpoint.read_rows(name, 0, self._checkpoint.shape(name)[0])
-        return rows.to(self._packed_dtype).float()
+        return rows.to(self.device, self._packed_dtype).float()
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, rms_eps: float) -> torch.Tensor:
@@ -244,7 +255,7 @@ def _attend_apart(
     )
     products = queries @ earlier_keys.transpose(2, 3)
     products.diagonal(dim1=2, dim2=3).copy_((queries * keys).sum(-1))
-    later = torch.ones(products.shape[2:], dtype=torch.bool).triu(1)
+    later = torch.ones_like(products[0, 0], dtype=torch.bool).triu(1)
     products.div_(queries.shape[-1] ** 0.5).masked_fill_(later, -torch.inf)
     weights = products.softmax(-1)
     own = weights.diagonal(dim1=2, dim2=3)[..., None] * values

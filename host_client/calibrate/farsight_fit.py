@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from csd_protocol.program_file import AttentionShape, Tensor
-from host_client.calibrate.dense_model import rms_norm
+from host_client.calibrate.dense_model import best_device, rms_norm
 from host_client.calibrate.farsight import Farsight
 from host_client.calibrate.labels import Labels
 from host_client.calibrate.reduced_rank import Whitened, as_log_odds, leading_directions
@@ -24,7 +24,6 @@ from host_client.calibrate.training import (
     Weights,
     found_share,
     train,
-    training_device,
 )
 from host_client.runtime.refusals import RequestRefused
 
@@ -86,7 +85,7 @@ def fit_farsight(
 
     Raises RequestRefused for a text of one window.
     """
-    known, device = len(text.hidden) - text.held_back, training_device()
+    known, device = len(text.hidden) - text.held_back, best_device()
     if known == 0:
         raise RequestRefused("a farsight is judged by text that it was not fitted to: give it more")
     tokens = text.hidden.shape[1]

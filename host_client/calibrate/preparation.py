@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from csd_protocol.packed import PackedModel, Role
 from csd_protocol.status import Status
 from host_client.calibrate.builders import Builder, Recipe
-from host_client.calibrate.calibration import walk
-from host_client.calibrate.dense_model import DenseModel, knows
+from host_client.calibrate.dense_model import DenseModel, best_device, knows
 from host_client.calibrate.gate_builder import build_gate
+from host_client.calibrate.measurement import Bookmark, measure
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.predictor import (
     build_frequency,
@@ -29,10 +29,17 @@ from host_client.calibrate.text import (
     token_windows,
 )
 from host_client.driver import CommandFailed, Drive
-from host_client.model.catalog import open_model, read_frequencies, store_frequencies
+from host_client.model.catalog import (
+    check_room,
+    open_model,
+    read_frequencies,
+    store_frequencies,
+)
 from host_client.model.errors import UnsupportedModel
+from host_client.model.placement import place_units
 from host_client.runtime.causal_lm import CsdModelForCausalLM, runtime_of
 from host_client.runtime.guidance import Programs
+from host_client.runtime.plain_reads import PlainReads
 from host_client.runtime.refusals import NoPredictor, RequestRefused
 
 CALIBRATION_TOKENS = 2048
@@ -70,12 +77,40 @@ def calibrate(
 
 
 def recalibrate(
-    drive: Drive, packed: PackedModel, windows: torch.Tensor, progress: Progress
+    drive: Drive,
+    packed: PackedModel,
+    windows: torch.Tensor,
+    progress: Progress,
+    folder: Path | None = None,
 ) -> PackedModel:
-    """Count on other text, layer by layer off the drive, no budget asked. The new manifest."""
-    model = DenseModel(PackedCheckpoint(drive, packed))
-    counts = np.stack([found.counts for found in walk(model, windows, progress=progress)])
-    return store_frequencies(drive, packed.name, counts, windows.numel())
+    """Measure on other text, layer by layer off the drive, no budget asked. The new manifest.
+
+    `folder`: where a walk that is broken off is kept, to go on from; None: nowhere.
+    Raises PackedBefore, before it begins, where the drive has no room for what is measured.
+    """
+    check_room(drive, packed.name)
+    model = DenseModel(PackedCheckpoint(drive, packed), device=best_device())
+    bookmark = None
+    if folder is not None:
+        bookmark = Bookmark.of(folder, packed.name, packed.fingerprint, windows)
+    found = measure(model, windows, progress, bookmark)
+    stored = store_frequencies(drive, packed.name, found.counts, windows.numel(), found.calibration)
+    if bookmark is not None:
+        bookmark.remove()
+    return stored
+
+
+def place(drive: Drive, packed: PackedModel, progress: Progress) -> PackedModel:
+    """Lay neurons that are wanted together side by side, as the calibration says.
+
+    The new manifest. Raises NotCalibrated, DriveTooSmall, UnitsLost.
+    """
+    read = PlainReads(drive, packed).units
+
+    def told(done: int, total: int, _: str) -> None:
+        progress(done, total)
+
+    return place_units(drive, packed.name, read, told)
 
 
 class Kind(StrEnum):

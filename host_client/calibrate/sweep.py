@@ -6,7 +6,7 @@ fitted; then every setting goes through the held-out text. The two never meet.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -25,8 +25,11 @@ from host_client.calibrate.choosers import (
 from host_client.calibrate.dense_model import DecoderLayer, DenseModel
 from host_client.calibrate.lab import WANTED_SHARE, Lab, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
+from host_client.calibrate.measurement import measure
 from host_client.calibrate.outcome import QualityReport
 from host_client.calibrate.program_choosers import chooser_of
+from host_client.model.calibration_record import Calibration
+from host_client.runtime.allotment import allotted
 from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer
 from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import InvalidQuality
@@ -58,7 +61,8 @@ class Prepared:
     shares: torch.Tensor  # float32 [layers, units]: how often each unit is wanted
     head_norms: torch.Tensor  # float32 [layers, groups]: mean norm of what each KV group adds
     resident: torch.Tensor  # bool [layers, units]: the units that the host holds
-    programs: Mapping[tuple[str, int], bytes] = field(default_factory=dict)  # kind and lookahead
+    seen: torch.Tensor  # int64 [windows, tokens]: the text of all that
+    programs: Mapping[tuple[str, int], bytes]  # files, by kind and lookahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +75,13 @@ class Asked:
     corrected: bool = False
     heads: float = 1.0
     rows: Rows | None = None  # None: no low-bit rows take part
+    allotted: bool = False  # layers keep different shares, as `csd calibrate` finds
 
     @property
     def name(self) -> str:
         """What `parse` reads this from."""
         words = [f"{self.kept:g}"] + ["correct"] * self.corrected
-        words += [f"heads={self.heads:g}"] * (self.heads < 1)
+        words += [f"heads={self.heads:g}"] * (self.heads < 1) + [_ALLOTTED] * self.allotted
         if self.rows is not None:
             words += [f"bits={self.rows.bits}"] * (self.rows.bits != BITS_DEFAULT)
             words += ["fit"] * self.rows.fitted
@@ -86,6 +91,7 @@ class Asked:
     def curve(self) -> str:
         """The points of a plot that belong together: those that differ in what is kept alone."""
         words = ["corrected"] * self.corrected + ["fewer heads"] * (self.heads < 1)
+        words += [_ALLOTTED] * self.allotted
         if self.rows is not None:
             words += [f"{self.rows.bits} bits"] * (self.rows.bits != BITS_DEFAULT)
             words += ["fitted"] * self.rows.fitted
@@ -96,6 +102,7 @@ def _ahead(lookahead: int) -> str:
     return "" if lookahead == AT_FFN else f"@{lookahead}"
 
 
+_ALLOTTED = "allotted"
 BUILT = ("svd", "lowrank", "mlp", "farsight")  # as for a drive, from program files
 PROGRAMS = ("oracle", "shadow", "rollout", *BUILT, "frequency", "window")
 TAKE_LOOKAHEAD = ("shadow", "rollout", "svd", "lowrank", "mlp")
@@ -103,7 +110,7 @@ _ONE_AHEAD = ("rollout", "lowrank", "mlp")  # unless said otherwise; others at t
 _LOW_BIT = ("shadow", "rollout")  # score by low-bit rows
 _SCORE_HEADS = ("oracle", "rollout", "frequency")
 _BITS = (2, 3, 4, 8)
-GRAMMAR = "PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE][+bits=N][+fit]"
+GRAMMAR = "PROGRAM[@LOOKAHEAD]:KEPT[+correct][+heads=SHARE][+allotted][+bits=N][+fit]"
 DEFAULT_SETTINGS = (
     *("oracle:0.5", "oracle:0.33", "oracle:0.25", "oracle:0.1"),
     *("shadow@1:0.5", "shadow@1:0.33", "frequency:0.5", "window:0.5"),
@@ -123,7 +130,8 @@ def parse(text: str) -> Asked:
     """One setting as `GRAMMAR` has it, such as rollout@1:0.33+correct. Raises ValueError."""
     program, _, rest = text.partition(":")
     program, at, ahead = program.partition("@")
-    rows, quality = _rows_of(rest)
+    rows, rest = _rows_of(rest)
+    is_allotted, quality = _quality_of(rest)
     lookahead = int(ahead) if ahead.isdigit() else AT_FFN
     if program in _ONE_AHEAD and not at:
         lookahead = 1
@@ -145,24 +153,33 @@ def parse(text: str) -> Asked:
             f"{text!r}: {program} has no low-bit rows to round. Leave bits and fit out, or add "
             "+correct"
         )
-    return Asked(program, lookahead, quality.kept, quality.corrected, quality.heads, rows)
+    return Asked(
+        program, lookahead, quality.kept, quality.corrected, quality.heads, rows, is_allotted
+    )
 
 
-def _rows_of(text: str) -> tuple[Rows | None, Quality | None]:
-    """The rounding that is asked for, if one is, and what remains; None for what is no quality."""
+def _rows_of(text: str) -> tuple[Rows | None, str]:
+    """The rounding that is asked for, if one is, and what stands before it."""
     words = text.split("+")
     bits, fitted = BITS_DEFAULT, words[-1] == "fit"
     count = len(words)
     words = words[: count - fitted]
     if words and words[-1] in {f"bits={bits}" for bits in _BITS}:
         bits = int(words.pop().removeprefix("bits="))
+    return Rows(bits, fitted) if len(words) < count else None, "+".join(words)
+
+
+def _quality_of(text: str) -> tuple[bool, Quality | None]:
+    """Whether units are allotted, and the quality before that; None for what is none here."""
+    said = text.removesuffix(f"+{_ALLOTTED}")
+    is_allotted = said != text
     try:
-        quality = Quality.parse("+".join(words))
+        quality = Quality.parse(said)
     except InvalidQuality:
-        quality = None
-    said_exact = words == ["exact"]
-    rows = Rows(bits, fitted) if len(words) < count else None
-    return rows, None if said_exact else quality
+        return is_allotted, None
+    if said == "exact" or quality.uniform or (is_allotted and quality.kept == 1):
+        return is_allotted, None
+    return is_allotted, quality
 
 
 def prepare(
@@ -186,7 +203,7 @@ def prepare(
     shares = torch.stack(counts) / windows.numel()
     resident = hottest(shares, resident_share)
     programs = _build(model, windows, settings, progress)
-    return Prepared(model, views, shares, torch.stack(norms), resident, programs)
+    return Prepared(model, views, shares, torch.stack(norms), resident, windows, programs)
 
 
 def _build(
@@ -218,9 +235,15 @@ def hottest(shares: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def setting_of(
-    asked: Asked, prepared: Prepared, dense_layers: int = DENSE_LAYERS_DEFAULT
+    asked: Asked,
+    prepared: Prepared,
+    dense_layers: int = DENSE_LAYERS_DEFAULT,
+    calibration: Calibration | None = None,
 ) -> Setting:
-    """`dense_layers`: how many first layers keep all KV groups where others leave some out."""
+    """`dense_layers`: how many first layers keep all KV groups where others leave some out.
+
+    `calibration`: where units are allotted.
+    """
     shape = prepared.model.shape
     units, layers, heads = shape.ffn, shape.layers, None
     if asked.heads < 1:
@@ -228,12 +251,19 @@ def setting_of(
     return Setting(
         program=asked.curve,
         chooser=_maker(asked, prepared),
-        kept=[math.ceil(asked.kept * units)] * layers,
+        kept=_kept(asked, calibration, units, layers),
         correction=asked.rows.name if asked.corrected and asked.rows else None,
         resident=prepared.resident,
         heads=heads,
         name=asked.name,
     )
+
+
+def _kept(asked: Asked, calibration: Calibration | None, units: int, layers: int) -> list[int]:
+    if not asked.allotted:
+        return [math.ceil(asked.kept * units)] * layers
+    assert calibration is not None
+    return allotted(calibration, asked.kept)
 
 
 def _maker(asked: Asked, prepared: Prepared) -> Callable[[], Chooser]:
@@ -260,5 +290,10 @@ def sweep(
     dense_layers: int = DENSE_LAYERS_DEFAULT,
 ) -> QualityReport:
     """Every setting over the held-out windows, int64 [windows, tokens]."""
+    calibration = None
+    if any(asked.allotted for asked in settings):
+        calibration = measure(prepared.model, prepared.seen, progress).calibration
     lab = Lab(prepared.model, lambda number: prepared.views[number], windows, progress)
-    return lab.measure([setting_of(asked, prepared, dense_layers) for asked in settings])
+    return lab.measure(
+        [setting_of(asked, prepared, dense_layers, calibration) for asked in settings]
+    )

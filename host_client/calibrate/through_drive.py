@@ -79,6 +79,10 @@ def measure_through_drive(
     )
 
 
+def _is_uniform(asked: Asked) -> bool:
+    return asked.kept < 1 and not asked.allotted
+
+
 def _measure(
     drive: Drive,
     name: str,
@@ -93,7 +97,7 @@ def _measure(
         name,
         drive,
         dram,
-        Quality(asked.kept, asked.corrected, asked.heads),
+        Quality(asked.kept, asked.corrected, asked.heads, _is_uniform(asked)),
         context=max(window.numel() for window in windows),
         lookahead=LOOKAHEAD_DEFAULT if asked.lookahead == AT_FFN else asked.lookahead,
         predictor=asked.program,

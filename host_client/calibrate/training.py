@@ -29,10 +29,6 @@ class Schedule:
     batch: int  # examples a step
 
 
-def training_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def train(
     weights: Mapping[str, torch.Tensor],
     examples: int,

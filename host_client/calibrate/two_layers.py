@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from csd_protocol.program_file import ProgramKind, TwoLayers
+from host_client.calibrate.dense_model import best_device
 from host_client.calibrate.labels import Labels, SoftLabels
 from host_client.calibrate.reduced_rank import Whitened, as_log_odds, leading_directions
 from host_client.calibrate.training import (
@@ -18,7 +19,6 @@ from host_client.calibrate.training import (
     Schedule,
     found_share,
     train,
-    training_device,
 )
 
 EPOCHS_DEFAULT = 8
@@ -40,7 +40,7 @@ def fit_two_layers(
 
     The last eighth of the rows is held back and decides which epoch is kept.
     """
-    device = training_device()
+    device = best_device()
     count, held_back = len(rows.inputs), max(1, len(rows.inputs) // HELD_BACK)
     inputs, labels = rows.inputs.to(device), rows.wanted
     known, judged = slice(0, count - held_back), slice(count - held_back, count)

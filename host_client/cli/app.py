@@ -72,7 +72,12 @@ class Commands(OnDemandGroup):
         "calibrate": Entry(
             f"{_CLI}.calibrate_commands",
             "calibrate",
-            "Count how often each neuron is wanted on this text, and keep the counts on the drive.",
+            "Measure on text how often each neuron is wanted and what leaving some out costs.",
+        ),
+        "place": Entry(
+            f"{_CLI}.calibrate_commands",
+            "place",
+            "Lay neurons that are wanted together side by side; needs `csd calibrate`.",
         ),
         "predictor": Entry(
             f"{_CLI}.predictor_commands",

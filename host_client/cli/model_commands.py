@@ -19,7 +19,9 @@ from host_client.cli.log_commands import write_trace
 from host_client.cli.options import (
     Dram,
     DriveAddress,
+    FarKind,
     Json,
+    LookaheadText,
     Model,
     PredictorKind,
     QualityText,
@@ -38,6 +40,7 @@ from host_client.runtime.causal_lm import (
 )
 from host_client.runtime.generate import generate as run_generation
 from host_client.runtime.generate import prompt_ids
+from host_client.runtime.lookahead import AUTO
 from host_client.runtime.quality import Quality
 from host_client.runtime.timeline import HostTimeline
 
@@ -135,9 +138,8 @@ def generate(
         int | None,
         typer.Option(help="Tokens the KV cache has room for. Default: prompt and answer.", min=1),
     ] = None,
-    lookahead: Annotated[
-        int, typer.Option(help="Layers ahead that the predictor is asked for.", min=0, max=8)
-    ] = LOOKAHEAD_DEFAULT,
+    lookahead: LookaheadText = str(LOOKAHEAD_DEFAULT),
+    far: FarKind = AUTO,
     reader: Annotated[ReaderKind, typer.Option(help="How the window is read.")] = "auto",
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
@@ -162,6 +164,7 @@ def generate(
                 context=context or ids.shape[1] + max_new_tokens,
                 lookahead=lookahead,
                 predictor=predictor,
+                far=far,
                 reader=reader,
                 audit=True,
                 progress=update,

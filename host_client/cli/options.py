@@ -44,7 +44,7 @@ QualityText = Annotated[
     typer.Option(
         "--quality",
         help="exact, or the fraction of FFN neurons that is kept: 0.5, or 0.1+correct with the "
-        "drive's low-bit contribution for the others.",
+        "drive's low-bit contribution for the others; +uniform: the same share in each layer.",
     ),
 ]
 PredictorKind = Annotated[
@@ -53,7 +53,27 @@ PredictorKind = Annotated[
         "--predictor",
         metavar="KIND",
         help="Which kind of program on the drive chooses what is kept. Default: the best that is "
-        "there, rollout, then shadow, then frequency.",
+        "there: rollout, shadow, farsight, svd, mlp, lowrank, frequency, window.",
+    ),
+]
+LookaheadText = Annotated[
+    str,
+    typer.Option(
+        "--lookahead",
+        metavar="LAYERS",
+        help="Layers ahead that the predictor is asked for; auto: as many as the times of the "
+        "first tokens ask for.",
+    ),
+]
+FarKind = Annotated[
+    str,
+    typer.Option(
+        "--far",
+        metavar="KIND[@LAYERS]",
+        help="Which kind of program brings neurons of later layers from NAND into the drive's own "
+        "DRAM, and how far ahead (learned unless given). It changes speed, never the output. none: "
+        "nobody does. Default: the best that is there, where the drive's unit cache is too small "
+        "for what is staged.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -180,6 +180,7 @@ def generation_table(report: "GenerationReport", plan: Plan) -> Table:
             ),
         ),
         ("predicted", _predicted(report)),
+        *([("far level", _far(report))] if report.predictor is not None else []),
         (
             "drive",
             f"{drive.nand_page_reads:,} NAND pages; {drive.units_from_dram:,} units from its DRAM",
@@ -240,6 +241,18 @@ def _ahead(report: "GenerationReport") -> str:
     if not report.lookahead:
         return "asked with what enters the layer"
     return f"asked {report.lookahead} layer{'s' if report.lookahead > 1 else ''} ahead"
+
+
+def _far(report: "GenerationReport") -> str:
+    waited = f"NAND waited for: {format_ns(round(report.nand_wait_ns_per_token))} a token"
+    if report.far_predictor is None:
+        why = f": {report.far_refused}" if report.far_refused else ""
+        return f"none{why}. {waited}"
+    return (
+        f"{report.far_units:,} units brought into the drive's DRAM by its {report.far_predictor} "
+        f"program, at least {report.far_lookahead} layers ahead; {report.far_units_used:,} of "
+        f"them were staged from there. {waited}"
+    )
 
 
 def _corrected(report: "GenerationReport") -> str:

@@ -462,6 +462,11 @@ class Drive:
 
 
 def embedded_media_path(drive: str) -> Path:
-    """Where an embedded drive of this kind keeps its media: the user's cache folder."""
+    """Where an embedded drive of this kind keeps its media."""
+    return cache_folder() / f"{drive}.csd"
+
+
+def cache_folder() -> Path:
+    """What is ours of the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "csd" / f"{drive}.csd"
+    return Path(cache) / "csd"

@@ -5,6 +5,7 @@ directory. One host changes a drive's directory at a time; any number read it.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +31,17 @@ from csd_protocol.packed import (
     encode_directory,
     encode_manifest,
 )
+from csd_protocol.unit_table import UnitTable, decode_unit_table
 from csd_protocol.units import format_size
-from host_client.model.errors import DamagedRecord, DriveTooSmall, InvalidConfig, NotPacked
-from host_client.model.layout import slots_of
+from host_client.model.calibration_record import Calibration, decode_calibration
+from host_client.model.errors import (
+    DamagedRecord,
+    DriveTooSmall,
+    InvalidConfig,
+    NotPacked,
+    PackedBefore,
+)
+from host_client.model.layout import Slots, slots_of
 from host_client.model.storage import BlockStorage
 
 U16 = npt.NDArray[np.uint16]
@@ -49,7 +58,7 @@ def open_model(storage: BlockStorage, name: str) -> tuple[int, PackedModel]:
 
     Raises NotPacked when there is none, DamagedRecord when what is there cannot be trusted.
     """
-    entry = _complete_entry(read_directory(storage), name)
+    entry = complete_entry(read_directory(storage), name)
     return entry.model, read_manifest(storage, entry)
 
 
@@ -63,22 +72,64 @@ def remove_model(storage: BlockStorage, name: str) -> None:
     storage.deallocate(entry.extent.offset_bytes, entry.extent.length_bytes)
 
 
-def store_frequencies(storage: BlockStorage, name: str, counts: U32, tokens: int) -> PackedModel:
+def store_frequencies(
+    storage: BlockStorage,
+    name: str,
+    counts: U32,
+    tokens: int,
+    calibration: Calibration | None = None,
+) -> PackedModel:
     """Keeps how often each neuron was active, [layers, neurons], over so many tokens.
 
-    Returns the new manifest. Raises NotPacked, or ValueError for another shape.
+    With it whatever else was measured; what is not given stays as it was. Returns the new manifest.
+    Raises NotPacked, ValueError for another shape, PackedBefore where there is no room for a
+    calibration.
     """
     directory = read_directory(storage)
-    entry = _complete_entry(directory, name)
+    entry = complete_entry(directory, name)
     model = read_manifest(storage, entry)
-    if counts.shape != _frequencies_shape(model):
-        raise ValueError(f"counts are {counts.shape}, not {_frequencies_shape(model)}")
-    data = np.ascontiguousarray(counts, "<u4").tobytes()
-    slots = slots_of(model, entry)
-    extent = write_record(storage, slots.next_frequencies(model.frequencies), data)
-    model = model.model_copy(update={"frequencies": extent, "frequency_tokens": tokens})
+    model = write_measured(storage, model, slots_of(model, entry), counts, tokens, calibration)
     store_manifest(storage, directory, entry, model)
     return model
+
+
+def check_room(storage: BlockStorage, name: str) -> None:
+    """Raises PackedBefore for a model that has no room for a calibration, NotPacked for none."""
+    entry = complete_entry(read_directory(storage), name)
+    model = read_manifest(storage, entry)
+    _check_room(model, slots_of(model, entry))
+
+
+def _check_room(model: PackedModel, slots: Slots) -> None:
+    if slots.calibrations is None:
+        raise PackedBefore(
+            f"{model.name} was packed by an earlier version, without room for a calibration. "
+            f"Remove it and pack it again"
+        )
+
+
+def write_measured(
+    storage: BlockStorage,
+    model: PackedModel,
+    slots: Slots,
+    counts: U32,
+    tokens: int,
+    calibration: Calibration | None,
+) -> PackedModel:
+    """The manifest with this in it, written where nothing valid lies; the manifest is not."""
+    shape = _frequencies_shape(model)
+    if counts.shape != shape:
+        raise ValueError(f"counts are {counts.shape}, not {shape}")
+    changes: dict[str, Any] = {"frequency_tokens": tokens}
+    if calibration is not None:
+        calibration.check(*shape)
+        _check_room(model, slots)
+        offset = slots.next_calibration(model.calibration)
+        changes["calibration"] = write_record(storage, offset, calibration.encode())
+    data = np.ascontiguousarray(counts, "<u4").tobytes()
+    offset = slots.next_frequencies(model.frequencies)
+    changes["frequencies"] = write_record(storage, offset, data)
+    return model.model_copy(update=changes).in_oldest_version
 
 
 def read_frequencies(storage: BlockStorage, model: PackedModel) -> U32 | None:
@@ -89,16 +140,32 @@ def read_frequencies(storage: BlockStorage, model: PackedModel) -> U32 | None:
     return np.frombuffer(data, "<u4").reshape(_frequencies_shape(model))
 
 
-def read_crc_table(storage: BlockStorage, model: PackedModel, copy: int = 0) -> U32:
-    """The CRC32C of each unit, sites in order [unit_count]. Raises DamagedRecord."""
+def read_calibration(storage: BlockStorage, model: PackedModel) -> Calibration | None:
+    """What `csd calibrate` measured; None when it never did. Raises DamagedRecord."""
+    if model.calibration is None:
+        return None
+    what = f"calibration of {model.name}"
+    data = read_record(storage, model.calibration, what)
+    try:
+        return decode_calibration(data, *_frequencies_shape(model))
+    except ValueError as error:
+        raise DamagedRecord(f"{what}: {error}. Calibrate again") from error
+
+
+def read_unit_table(storage: BlockStorage, model: PackedModel, copy: int = 0) -> UnitTable:
+    """CRC32C and place of each unit, from beside one of the copies. Raises DamagedRecord."""
     data = read_record(storage, model.table_of(copy), f"CRC table of {model.name}")
-    return np.frombuffer(data, "<u4")
+    try:
+        return decode_unit_table(model, data)
+    except FormatError as error:
+        raise DamagedRecord(f"{error}. Remove the model and pack it again") from error
 
 
 def read_units(storage: BlockStorage, site: Site, start: int, stop: int, at: int = 0) -> U16:
-    """Units [start, stop) of a site by plain reads, [stop - start, rows, cols], 16-bit patterns.
+    """What lies in slots [start, stop) of a site, [stop - start, rows, cols], 16-bit patterns.
 
-    `at` is where unit 0 lies, when not in the first copy (`PackedModel.place_of`).
+    Units [start, stop), where the model is not placed. `at` is where slot 0 lies, when not in the
+    first copy (`PackedModel.place_of`).
     """
     offset = (at or site.offset_bytes) + start * site.unit_bytes
     data = _read_range(storage, offset, (stop - start) * site.unit_bytes)
@@ -231,7 +298,7 @@ def _extents(models: Sequence[DirectoryEntry]) -> list[Extent]:
     return sorted((entry.extent for entry in models), key=lambda extent: extent.offset_bytes)
 
 
-def _complete_entry(directory: Directory, name: str) -> DirectoryEntry:
+def complete_entry(directory: Directory, name: str) -> DirectoryEntry:
     entry = directory.find(name)
     if entry is None:
         raise _not_there(directory, name)

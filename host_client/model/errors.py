@@ -59,3 +59,11 @@ class DifferentModel(ModelError):
 
 class DamagedRecord(ModelError):
     """A directory, manifest or table on the drive that does not match its checksum."""
+
+
+class PackedBefore(ModelError):
+    """A model that an earlier version packed, without room for what is to be stored with it."""
+
+
+class NotCalibrated(ModelError):
+    """A packed model of which was never measured what is needed."""

@@ -1,7 +1,7 @@
 """Where everything of one model lies inside its extent; see docs/FORMAT.md.
 
 Whatever is rewritten after packing has two slots, so that the directory decides which is valid and
-a torn write leaves the other: the manifest, and the frequencies.
+a torn write leaves the other: the manifest, the frequencies, and the calibration.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from csd_protocol.packed import (
     align_up,
     encode_manifest,
 )
+from host_client.model.calibration_record import calibration_bytes
 from host_client.model.families import SiteShape
 
 _OFFSET_MAX = 10**18  # as many digits as any offset will have
@@ -28,12 +29,13 @@ _TOKENS_MAX = 10**18
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """The two places of the manifest and of the frequencies."""
+    """The two places of the manifest, of the frequencies and of the calibration."""
 
     manifests: tuple[int, int]  # offsets in bytes
     manifest_bytes: int  # of each
     frequencies: tuple[int, int]
     frequencies_bytes: int
+    calibrations: tuple[int, int] | None  # None: packed when there was none
 
     def next_manifest(self, current: Extent) -> int:
         """The offset of the manifest slot that is not in use."""
@@ -41,9 +43,16 @@ class Slots:
 
     def next_frequencies(self, current: Extent | None) -> int:
         """The offset of the frequencies slot that is not in use."""
-        if current is None:
-            return self.frequencies[0]
-        return self.frequencies[current.offset_bytes == self.frequencies[0]]
+        return _unused(self.frequencies, current)
+
+    def next_calibration(self, current: Extent | None) -> int:
+        """The offset of the calibration slot that is not in use."""
+        assert self.calibrations is not None
+        return _unused(self.calibrations, current)
+
+
+def _unused(slots: tuple[int, int], current: Extent | None) -> int:
+    return slots[current is not None and current.offset_bytes == slots[0]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +74,12 @@ def place(model: PackedModel, shapes: Sequence[SiteShape], offset_bytes: int) ->
     """The layout of a model whose extent starts at `offset_bytes`, a multiple of 1 MiB."""
     slot_bytes = _manifest_slot_bytes(model, shapes)
     table_start = offset_bytes + 2 * slot_bytes
-    table_bytes = 4 * sum(shape.count for shape in shapes)
+    neurons = sum(shape.count for shape in shapes if shape.role is Role.FFN)
+    table_bytes = 4 * (sum(shape.count for shape in shapes) + neurons * model.placed)
     progress = Extent(
         offset_bytes=table_start + align_up(table_bytes, BLOCK_BYTES), length_bytes=BLOCK_BYTES
     )
-    neurons = sum(shape.count for shape in shapes if shape.role is Role.FFN)
-    sites_start = _frequencies_start(progress) + 2 * align_up(4 * neurons, BLOCK_BYTES)
+    sites_start = _frequencies_start(progress) + 2 * sum(_measured_bytes(shapes))
     sites = _place_sites(shapes, sites_start)
     placed = model.model_copy(
         update={
@@ -94,13 +103,27 @@ def slots_of(model: PackedModel, entry: DirectoryEntry) -> Slots:
 def _slots(model: PackedModel, extent: Extent, progress: Extent) -> Slots:
     manifest_bytes = (model.crc_table.offset_bytes - extent.offset_bytes) // 2
     start = _frequencies_start(progress)
-    frequencies_bytes = (model.sites[0].offset_bytes - start) // 2
+    slot_bytes = (model.sites[0].offset_bytes - start) // 2
+    frequencies_bytes, calibration_room = _measured_bytes(model.ffns())
+    places = (start, start + slot_bytes)
+    behind = (places[0] + frequencies_bytes, places[1] + frequencies_bytes)
+    has_room = slot_bytes >= frequencies_bytes + calibration_room
     return Slots(
         manifests=(extent.offset_bytes, extent.offset_bytes + manifest_bytes),
         manifest_bytes=manifest_bytes,
-        frequencies=(start, start + frequencies_bytes),
+        frequencies=places,
         frequencies_bytes=frequencies_bytes,
+        calibrations=behind if has_room else None,
     )
+
+
+def _measured_bytes(shapes: Sequence[SiteShape | Site]) -> tuple[int, int]:
+    """Room for the frequencies of these sites, and for a calibration behind them."""
+    counts = [shape.count for shape in shapes if shape.role is Role.FFN]
+    if not counts:
+        return 0, 0
+    sizes = (4 * sum(counts), calibration_bytes(len(counts), counts[0]))
+    return align_up(sizes[0], BLOCK_BYTES), align_up(sizes[1], BLOCK_BYTES)
 
 
 def _frequencies_start(progress: Extent) -> int:
@@ -116,6 +139,7 @@ def _manifest_slot_bytes(model: PackedModel, shapes: Sequence[SiteShape]) -> int
             "crc_table": longest,
             "frequencies": longest,
             "frequency_tokens": _TOKENS_MAX,
+            "calibration": longest,
             "copy_stride_bytes": _OFFSET_MAX,
         }
     )

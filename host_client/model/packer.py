@@ -11,10 +11,10 @@ is written only after a flush, so it never speaks of units that the drive could 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 from types import TracebackType
 from typing import Self
@@ -41,12 +41,14 @@ from csd_protocol.packed import (
     manifest_version,
 )
 from csd_protocol.packed import Progress as ProgressRecord
+from csd_protocol.unit_table import UnitTable
 from host_client.model.catalog import (
     commit,
     find_free,
     open_model,
     pad,
     read_directory,
+    read_manifest,
     remove_model,
     store_manifest,
     write_record,
@@ -62,6 +64,7 @@ U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, what was written
+Units = Callable[[Site], Iterator[U16]]  # a site's units as they are to lie, [n, ...] at a time
 
 CHUNK_BYTES = 4 << 20
 SAVE_EVERY_BYTES = 256 << 20  # what an interruption may cost
@@ -100,27 +103,35 @@ def pack(
         entry = None
     if entry is not None and entry.state == "complete":
         return open_model(storage, name)[1]
-    job = (
-        _begin(storage, draft, shapes) if entry is None else _resume(storage, draft, shapes, entry)
-    )
+    job = open_job(storage, draft, shapes, entry)
+
+    def units(site: Site) -> Iterator[U16]:
+        return _chunks(checkpoint, shapes[site.site], _TORCH_DTYPES[draft.dtype])
+
     with _one_torch_thread():
-        _write_sites(job, checkpoint, progress or _ignore, save_every_bytes)
+        write_sites(job, units, progress or _ignore, save_every_bytes)
     return _finish(job)
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """One model being packed."""
+class Job:
+    """One model being packed. order: of a placed one by site, the unit in each slot."""
 
     storage: BlockStorage
     shapes: tuple[SiteShape, ...]
     layout: Layout
     first_step: int  # as in a progress record: what comes before it is on the drive
     checksums: U32  # [units]
+    order: Mapping[int, U32] = field(default_factory=dict)
 
     @property
     def model(self) -> PackedModel:
         return self.layout.model
+
+    def unit_table(self) -> bytes:
+        """As far as it is known."""
+        slots = {site: np.argsort(units).astype(np.uint32) for site, units in self.order.items()}
+        return UnitTable(self.checksums, slots).encode()
 
 
 def _draft(
@@ -164,7 +175,29 @@ def _give_way(
 # ---- beginning, going on, finishing --------------------------------------------------------------
 
 
-def _begin(storage: BlockStorage, draft: PackedModel, shapes: tuple[SiteShape, ...]) -> _Job:
+def open_job(
+    storage: BlockStorage,
+    draft: PackedModel,
+    shapes: tuple[SiteShape, ...],
+    entry: DirectoryEntry | None,
+    order: Mapping[int, U32] | None = None,
+) -> Job:
+    """Begins to pack, or goes on with what the entry of an interrupted pack stands for."""
+    if entry is not None:
+        layout = place(draft, shapes, entry.extent.offset_bytes)
+        begun = read_manifest(storage, entry)
+        if (layout.extent, layout.model.sites) == (entry.extent, begun.sites):
+            return _resume(storage, layout, shapes, order or {})
+        remove_model(storage, entry.name)  # begun by a version that laid models out otherwise
+    return _begin(storage, draft, shapes, order or {})
+
+
+def _begin(
+    storage: BlockStorage,
+    draft: PackedModel,
+    shapes: tuple[SiteShape, ...],
+    order: Mapping[int, U32],
+) -> Job:
     """Takes an extent and enters the model as being packed."""
     directory = read_directory(storage)
     length = extent_bytes(draft, shapes)
@@ -172,7 +205,7 @@ def _begin(storage: BlockStorage, draft: PackedModel, shapes: tuple[SiteShape, .
     offset = find_free(directory, storage.capacity_bytes, length, what)
     layout = place(draft, shapes, offset)
     manifest = write_record(storage, layout.slots.manifests[0], encode_manifest(layout.model))
-    job = _Job(storage, shapes, layout, 0, np.zeros(layout.model.unit_count, np.uint32))
+    job = Job(storage, shapes, layout, 0, np.zeros(layout.model.unit_count, np.uint32), order)
     _write_progress(job, 0)
     entry = DirectoryEntry(
         model=_free_identifier(directory),
@@ -193,30 +226,34 @@ def _free_identifier(directory: Directory) -> int:
 
 def _resume(
     storage: BlockStorage,
-    draft: PackedModel,
+    layout: Layout,
     shapes: tuple[SiteShape, ...],
-    entry: DirectoryEntry,
-) -> _Job:
+    order: Mapping[int, U32],
+) -> Job:
     """Goes on where the progress record says; at the start when there is none."""
-    layout = place(draft, shapes, entry.extent.offset_bytes)
     record = decode_progress(storage.read(layout.progress.offset_bytes, BLOCK_BYTES))
     checksums = np.zeros(layout.model.unit_count, np.uint32)
-    if record is None or record.fingerprint != draft.fingerprint:
-        return _Job(storage, shapes, layout, 0, checksums)
+    if record is None or record.fingerprint != layout.model.fingerprint:
+        return Job(storage, shapes, layout, 0, checksums, order)
     table = layout.model.crc_table
     padded = len(pad(bytes(table.length_bytes)))
     data = storage.read(table.offset_bytes, padded)[: table.length_bytes]
     done = sum(site.count for site in layout.model.sites[: record.next_site])  # all, in a copy
     checksums[:done] = np.frombuffer(data, "<u4")[:done]
-    return _Job(storage, shapes, layout, record.next_site, checksums)
+    return Job(storage, shapes, layout, record.next_site, checksums, order)
 
 
-def _finish(job: _Job) -> PackedModel:
-    table = job.checksums.astype("<u4").tobytes()
+def seal_units(job: Job) -> PackedModel:
+    """The manifest of what was written, with the CRC table beside every copy of it."""
+    table = job.unit_table()
     for copy in range(1, job.model.copies):
         job.storage.write(job.model.table_of(copy).offset_bytes, pad(table))
     extent = job.model.crc_table.model_copy(update={"crc32c": crc32c(table)})
-    model = job.model.model_copy(update={"crc_table": extent})
+    return job.model.model_copy(update={"crc_table": extent})
+
+
+def _finish(job: Job) -> PackedModel:
+    model = seal_units(job)
     directory = read_directory(job.storage)
     entry = directory.find(model.name)
     if entry is None or entry.fingerprint != model.fingerprint:
@@ -225,16 +262,15 @@ def _finish(job: _Job) -> PackedModel:
     return model
 
 
-def _save(job: _Job, next_step: int) -> None:
+def _save(job: Job, next_step: int) -> None:
     """Makes all steps before `next_step` durable, and says so on the drive."""
-    table = job.checksums.astype("<u4").tobytes()
-    job.storage.write(job.model.crc_table.offset_bytes, pad(table))
+    job.storage.write(job.model.crc_table.offset_bytes, pad(job.unit_table()))
     job.storage.flush()
     _write_progress(job, next_step)
     job.storage.flush()
 
 
-def _write_progress(job: _Job, next_step: int) -> None:
+def _write_progress(job: Job, next_step: int) -> None:
     record = ProgressRecord(fingerprint=job.model.fingerprint, next_site=next_step)
     job.storage.write(job.layout.progress.offset_bytes, encode_progress(record))
 
@@ -288,9 +324,10 @@ class _WriteBehind:
         self._executor.shutdown(wait=True)
 
 
-def _write_sites(
-    job: _Job, checkpoint: Checkpoint, progress: Progress, save_every_bytes: int
+def write_sites(
+    job: Job, units: Units, progress: Progress, save_every_bytes: int = SAVE_EVERY_BYTES
 ) -> None:
+    """Writes what is left of all copies."""
     steps = job.model.sites * job.model.copies
     total = job.model.weights_bytes * job.model.copies
     done = saved = sum(site.length_bytes for site in steps[: job.first_step])
@@ -299,7 +336,7 @@ def _write_sites(
         for step in range(job.first_step, len(steps)):
             site, copy = steps[step], step // len(job.model.sites)
             if copy == 0:
-                parts = _write_site(job, checkpoint, site, writer)
+                parts = _write_site(job, units, site, writer)
             else:
                 parts = _copy_site(job, site, copy)
             for written in parts:
@@ -311,22 +348,20 @@ def _write_sites(
                 saved = done
 
 
-def _write_site(
-    job: _Job, checkpoint: Checkpoint, site: Site, writer: _WriteBehind
-) -> Iterator[int]:
+def _write_site(job: Job, units: Units, site: Site, writer: _WriteBehind) -> Iterator[int]:
     """Writes a site's units and notes their CRCs; yields the bytes of each chunk."""
     offset = site.offset_bytes
-    first_crc = site.first_crc
-    for units in _chunks(checkpoint, job.shapes[site.site], _TORCH_DTYPES[job.model.dtype]):
-        rows = units.view(np.uint8).reshape(units.shape[0], -1)
-        job.checksums[first_crc : first_crc + rows.shape[0]] = crc32c_units(rows)
+    numbers = job.order.get(site.site, np.arange(site.count, dtype=np.uint32))
+    for chunk in units(site):
+        rows = chunk.view(np.uint8).reshape(chunk.shape[0], -1)
+        written, numbers = np.split(numbers, [rows.shape[0]])
+        job.checksums[site.first_crc + written] = crc32c_units(rows)
         writer.write(offset, _whole_blocks(rows))
         offset += rows.size
-        first_crc += rows.shape[0]
         yield rows.size
 
 
-def _copy_site(job: _Job, site: Site, copy: int) -> Iterator[int]:
+def _copy_site(job: Job, site: Site, copy: int) -> Iterator[int]:
     """Has the drive copy a site's blocks from the first copy; yields the bytes of each chunk."""
     length = align_up(site.length_bytes, BLOCK_BYTES)
     source, target = job.model.place_of(site), job.model.place_of(site, copy)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from csd_protocol.packed import Site
 from host_client.runtime import kernels
 from host_client.runtime.engine import Engine
+from host_client.runtime.observed import down_norms
 from host_client.runtime.prefetch import Block
 
 U16 = npt.NDArray[np.uint16]
@@ -75,11 +75,3 @@ class Auditor:
             kernels.neurons(x, values, None, ignored, self._engine.bf16, activity)
         scores: F32 = activity[0] * down_norms(values, x.shape[1], self._engine.bf16)
         return scores
-
-
-def down_norms(units: U16, hidden: int, bf16: bool) -> F32:
-    """L2 norm of each neuron's down column. units uint16 [n, 3 * hidden] -> float32 [n]."""
-    dtype = torch.bfloat16 if bf16 else torch.float16
-    down = torch.from_numpy(units[:, 2 * hidden :].view(np.int16)).view(dtype)
-    norms: F32 = torch.linalg.vector_norm(down.float(), dim=1).numpy()
-    return norms

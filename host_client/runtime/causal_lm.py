@@ -13,22 +13,24 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from csd_protocol.opcodes import Cns
 from csd_protocol.packed import PackedModel
 from host_client.driver import Drive
 from host_client.io import Buffer, WindowReader, open_reader
 from host_client.io.opening import Kind as ReaderKind
-from host_client.model.catalog import open_model, read_frequencies
+from host_client.model.catalog import open_model, read_calibration, read_frequencies
 from host_client.model.source import name_on_drive
 from host_client.runtime.attach import attach, skeleton
 from host_client.runtime.audit import Audited, Auditor
 from host_client.runtime.checksums import Checksums
-from host_client.runtime.copies import Copies, read_checksums
+from host_client.runtime.copies import Copies, read_any_unit_table
 from host_client.runtime.engine import Engine, steps_room_bytes
 from host_client.runtime.experts import Experts
 from host_client.runtime.fetch import Fetcher
 from host_client.runtime.gating import Gating, choose_gating
-from host_client.runtime.guidance import Guidance, Programs, choose_guidance
+from host_client.runtime.guidance import Guidance, Guide, Programs, choose_guidance
 from host_client.runtime.layers import StagedFfn
+from host_client.runtime.lookahead import AUTO, Lookahead
 from host_client.runtime.plan import BUFFERS, Plan, make_plan, parse_budget
 from host_client.runtime.prefetch import Prefetcher
 from host_client.runtime.quality import Quality
@@ -75,7 +77,35 @@ class CsdRuntime:
         """Layers ahead that it is asked; None where none is."""
         if self.gating is not None and self.gating.gate is not None:
             return 1
-        return self.guidance.near.lookahead if self.guidance is not None else None
+        return self.guidance.near.ahead.layers if self.guidance is not None else None
+
+    @property
+    def far(self) -> Guide | None:
+        """The program that brings units of later layers into on-drive DRAM; None: nobody does."""
+        far = self.engine.far
+        return far.guide if far is not None and not far.stopped else None
+
+    @property
+    def far_lookahead(self) -> int | None:
+        """Layers ahead that it is asked, at least; None where there is no far level."""
+        if self.far is None or self.lookahead is None:
+            return None
+        return self.lookahead + self.far.ahead.lead
+
+    @property
+    def no_far(self) -> str | None:
+        """Why there is no far level; None where there is one, or nothing to guide."""
+        if self.engine.far is not None:
+            return self.engine.far.stopped or None
+        return self.guidance.no_far or None if self.guidance is not None else None
+
+    def brought_units_used(self) -> int:
+        """Units that a far level had brought when they were staged, as the drive counts them."""
+        if self.engine.far is None:
+            return 0
+        self.engine.far.settle()
+        used: int = self.drive.identify(Cns.WINDOW)["unit_cache"]["brought_used"]
+        return used
 
     def close(self) -> None:
         """Stop prefetching, give leases back; end the drive when it was opened for this model."""
@@ -93,8 +123,9 @@ class CsdModelForCausalLM:
         quality: str | float | Quality = "exact",
         *,
         context: int = CONTEXT_DEFAULT,
-        lookahead: int = LOOKAHEAD_DEFAULT,
+        lookahead: int | str = LOOKAHEAD_DEFAULT,
         predictor: str | None = None,
+        far: str = AUTO,
         reader: ReaderKind = "auto",
         audit: bool = False,
         progress: Progress | None = None,
@@ -106,23 +137,24 @@ class CsdModelForCausalLM:
         dram: host memory for weights, staging buffers and KV cache: `5GiB`, bytes or `45%`.
         quality: `exact`, or what is kept in decode, like 0.5 or 0.1+correct; see `Quality`.
         context: tokens that the KV cache has room for.
-        lookahead: how many layers ahead the drive's program is asked (kept fraction only).
+        lookahead: how many layers ahead the drive's program is asked (kept fraction only);
+            `auto`: as many as the first tokens' times ask for.
         predictor: kind of the program that chooses; None: the best that is active.
+        far: kind of the program that brings units of later layers into on-drive DRAM, or
+            KIND@LAYERS; `auto`: the best that is active, where it is of use; `none`.
         audit: measure recall in decode (kept fraction only; stages one layer's rest a token).
 
         The result's `csd` is a `CsdRuntime`; close it when done. Raises ModelError, DriveError,
         ReaderError, RequestRefused (budget, quality, predictor, window).
         """
         parsed = Quality.parse(quality)
-        if context < 1 or lookahead < 0:
-            raise RequestRefused(
-                f"context {context} and lookahead {lookahead}: a context has a token at least, "
-                f"and a lookahead is 0 or more layers"
-            )
+        if context < 1:
+            raise RequestRefused(f"a context of {context} tokens; it has one at least")
+        ahead = Lookahead.parse(lookahead, LOOKAHEAD_DEFAULT)
         with ExitStack() as undo:
             opened = _open_drive(drive, undo)
             name = name_on_drive(model)
-            settings = _Settings(parsed, context, lookahead, predictor, reader)
+            settings = _Settings(parsed, context, ahead, predictor, far, reader)
             runtime = _start(opened, name, dram, settings, progress or _silent, undo)
             made = skeleton(runtime.packed)
             attach(made, runtime.engine)
@@ -137,8 +169,9 @@ class CsdModelForCausalLM:
 class _Settings:
     quality: Quality
     context: int
-    lookahead: int
+    lookahead: Lookahead
     predictor: str | None
+    far: str
     reader: ReaderKind
 
 
@@ -168,18 +201,24 @@ def _start(
     plan = make_plan(packed, parse_budget(dram, packed), settings.context, frequencies)
     guidance = gating = None
     if packed.experts:
-        gating = choose_gating(drive, packed, settings.quality, settings.predictor)
+        gating = choose_gating(drive, packed, settings.quality, settings.predictor, settings.far)
     else:
         programs = Programs(drive, model_id, packed)
         guidance = choose_guidance(
-            programs, name, settings.quality, settings.lookahead, settings.predictor
+            programs,
+            name,
+            settings.quality,
+            settings.lookahead,
+            settings.predictor,
+            settings.far,
+            plan.staged_bytes_per_token,
         )
     tally = Tally()
     readers = [
         undo.enter_context(WindowReader(lambda: open_reader(drive.window_path, settings.reader)))
         for _ in range(3 if packed.experts else 2)
     ]
-    checksums = Checksums(packed, read_checksums(drive, packed))
+    checksums = Checksums(packed, read_any_unit_table(drive, packed).crcs)
     copies = Copies(drive, model_id, packed)
     fetcher = Fetcher(drive, copies, readers[0], checksums, tally)
     resident = load_resident(packed, plan, fetcher, frequencies, progress)
@@ -201,6 +240,7 @@ def _start(
         packed,
         plan,
         resident,
+        copies,
         prefetcher,
         fetcher,
         settings.quality,
@@ -208,6 +248,7 @@ def _start(
         experts,
         tally,
         time.perf_counter_ns,
+        read_calibration(drive, packed),
     )
     undo.callback(engine.abandon)
     weights = _allocated(resident, buffers) + plan.fetch_buffer_bytes

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_protocol.packed import PackedModel, Site
+from csd_protocol.unit_table import UnitTable
 from host_client.driver import CommandFailed, Drive, PendingCommand, Staged, StageTarget
 from host_client.driver.commands import NOTHING_TOLD, Told
-from host_client.model.catalog import read_crc_table
+from host_client.model.catalog import read_unit_table
 from host_client.model.errors import DamagedRecord
 
 U8 = npt.NDArray[np.uint8]
@@ -140,8 +141,13 @@ class PendingUnits:
         self._copies, self._send, self._targets = copies, send, targets
         self._pending = send(copies.aimed(targets), release)
 
-    def result(self, timeout_s: float) -> Staged:
-        """What was staged; each attempt may take `timeout_s`.
+    @property
+    def is_done(self) -> bool:
+        """Whether the drive has answered the latest attempt."""
+        return self._pending.done()
+
+    def result(self, timeout_s: float | None = None) -> Staged:
+        """What was staged; each attempt may take `timeout_s` (None: the queue pair's own).
 
         Raises UnitsLost, and what `PendingCommand.result` raises.
         """
@@ -156,17 +162,17 @@ class PendingUnits:
         return self._pending.result(timeout_s)
 
 
-def read_checksums(drive: Drive, model: PackedModel) -> U32:
-    """The model's CRC table, beside the first copy that has it [unit_count].
+def read_any_unit_table(drive: Drive, model: PackedModel) -> UnitTable:
+    """The model's CRC table, beside the first copy that has it.
 
     Raises DamagedRecord or CommandFailed when none has.
     """
     for copy in range(model.copies - 1):
         try:
-            return read_crc_table(drive, model, copy)
+            return read_unit_table(drive, model, copy)
         except DamagedRecord:
             continue
         except CommandFailed as failed:
             if not failed.is_media_error:
                 raise
-    return read_crc_table(drive, model, model.copies - 1)
+    return read_unit_table(drive, model, model.copies - 1)

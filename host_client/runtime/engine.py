@@ -11,7 +11,7 @@ Modules (`layers`) call in here in the order of the forward pass: `begin`, then 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,19 @@ import torch
 
 from csd_protocol.packed import PackedModel, Role, Site
 from csd_protocol.units import format_size
-from host_client.driver import Drive, PendingCommand
+from host_client.driver import Drive, PendingCommand, Staged
 from host_client.driver.commands import Origin
 from host_client.io import Buffer
+from host_client.model.calibration_record import Calibration
+from host_client.runtime.allotment import kept_shares
+from host_client.runtime.copies import Copies
 from host_client.runtime.experts import Experts
+from host_client.runtime.far_level import FarLevel
 from host_client.runtime.fetch import WINDOW_SHARE, Fetcher
-from host_client.runtime.guidance import Guidance
+from host_client.runtime.guidance import Ask, Asker, Guidance, Guide
 from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer, kept_fraction
 from host_client.runtime.kernels import NARROW_ROWS
+from host_client.runtime.lookahead import Pace
 from host_client.runtime.notes import Notes, Place, Text
 from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
@@ -76,6 +81,7 @@ class Engine:
         model: PackedModel,
         plan: Plan,
         resident: dict[int, ResidentSite],
+        copies: Copies,
         prefetcher: Prefetcher,
         fetcher: Fetcher,
         quality: Quality,
@@ -83,11 +89,13 @@ class Engine:
         experts: Experts | None,
         tally: Tally,
         now_ns: Callable[[], int],
+        calibration: Calibration | None = None,
     ) -> None:
         self.drive, self.model_id, self.model, self.plan = drive, model_id, model, plan
         self.resident, self.quality, self.tally = resident, quality, tally
         self.bf16 = model.dtype == "bfloat16"
         self.head = head_site(model)
+        self._kept = kept_shares(quality, calibration, model.layer_count)
         self._fetcher, self._prefetcher = fetcher, prefetcher
         self._guidance = guidance
         self.experts = experts  # of a mixture
@@ -99,7 +107,14 @@ class Engine:
         )
         self._steps = self._steps_of(guided=False)
         self._guided_steps = self._steps_of(guided=True)
-        self._notes = self._notes_for(guidance)
+        self._asker: Asker | None = None  # of the near program, if it is ever asked
+        self._notes: Notes | None = None
+        self.far: FarLevel | None = None
+        if guidance is not None and self._is_asked:
+            self._asker = Asker(guidance.near, guidance.heads_apart)
+            self._notes = self._notes_for(guidance.near)
+            self.far = self._far_level(guidance, self._asker, copies)
+        self._pace = Pace(now_ns)
         self._place, self._text = Place(), Text()
         self._token = 0  # the position of the pass's first token, as programs count
         self._layers = model.layer_count
@@ -123,6 +138,8 @@ class Engine:
         if self._prefetcher.next_number is None:
             self._next = 0
         self._guided = guided
+        if guided:
+            self._begin_guided()
         if self.experts is not None:
             self.experts.begin(is_guided=rows <= GUIDED_TOKENS_MAX)
         self._pump()
@@ -160,14 +177,18 @@ class Engine:
     def enter(self, layer: int, hidden: F32) -> None:
         """The hidden state [rows, hidden] enters `layer`: request it, unless that was done."""
         self._release_current()
-        if self._takes_note and self._notes is not None:
-            self._notes.send(layer, self._token, hidden[self._place.padding :])
+        if self._takes_note:
+            self._note(layer, hidden[self._place.padding :])
+        for asker in self._askers:
+            asker.enter(layer, hidden)
         self._request_guided(Origin(layer), hidden)
         if self.experts is not None:
             self.experts.enter(layer, self.position, hidden)
 
     def attended(self, layer: int, hidden: F32) -> None:
         """The hidden state [rows, hidden] behind the attention of `layer`: request what follows."""
+        if self._guided:
+            self._learn_pace()
         self._request_guided(Origin(layer, behind_attention=True), hidden)
         if self.experts is not None:
             self.experts.attended(hidden)
@@ -180,8 +201,8 @@ class Engine:
         """The layer's FFN is computed: its buffer is free."""
         self._arrived(layer)
         self._release_current()
-        if layer == self._layers - 1 and self._notes is not None:
-            self._notes.settle()
+        if layer == self._layers - 1:
+            self._end_notes()
         self._pump()
 
     def head_slices(self) -> Iterator[tuple[U32, U16]]:
@@ -198,6 +219,8 @@ class Engine:
     def abandon(self) -> None:
         """Forget a pass that was broken off, so that the next one starts clean."""
         self._drop()
+        if self.far is not None:
+            self.far.drop()
         if self.experts is not None:
             self.experts.drop()
         self._threads.restore()
@@ -302,22 +325,10 @@ class Engine:
         """Whether the running pass lets the program choose."""
         return self._guided
 
-    @property
-    def _takes_note(self) -> bool:
-        """Whether a program is told of the running sweep, since it is of one text."""
-        return self._notes is not None and not self._guided and self._place.texts == 1
-
-    def _notes_for(self, guidance: Guidance | None) -> Notes | None:
-        """For a program that remembers texts, if it is going to be asked at all."""
-        is_asked = any(wanted.keep < 1.0 for step in self._guided_steps for wanted in step.wanted)
-        if guidance is None or not guidance.takes_notes or not is_asked:
-            return None
-        return Notes(self.drive, self.model_id, guidance.near.program, self.tally)
-
     def kept_of(self, site: Site) -> float:
         """The fraction of a site's units that a guided pass needs; 1: all of them."""
         if site.role is Role.FFN:
-            return self.quality.kept
+            return self._kept[site.layer]
         if site.role is Role.HEADS:
             return kept_fraction(self._kept_groups[site.layer], site.count)
         return 1.0
@@ -327,12 +338,17 @@ class Engine:
         if not self._guided:
             return
         assert self._guidance is not None
-        due = min(self._guidance.last_asked(origin) + 1, self._layers)
-        ask = self._guidance.ask(self._token, hidden, origin)
+        due = min(self._guidance.near.last_asked(origin) + 1, self._layers)
+        ask: Ask | None = None
         while self._next < due:  # one run of the program, unless the window is too small
             steps = self._guided_steps[self._next : min(due, self._next + self._ahead)]
-            self._prefetcher.request(steps, ask)
             self._next += len(steps)
+            if _chooses(steps) and self._asker is not None:
+                ask = ask.again() if ask else self._asker.ask(self._token, hidden, origin)
+                self._prefetcher.request(steps, ask, self._shared_due(origin, due))
+            else:
+                self._prefetcher.request(steps)
+        self._request_far(origin, hidden)
         self._pump()
 
     def _pump(self) -> None:
@@ -361,7 +377,116 @@ class Engine:
         self.tally.wait_ns += self._now_ns() - started_ns
         if self._prefetcher.timeline is not None:
             self._prefetcher.timeline.note(COMPUTE, f"wait for step {number}", started_ns)
+        if self._guided and arrival.answer is not None and number < self._layers:
+            self._learn(arrival.answer)
         return arrival
+
+    # ---- two levels --------------------------------------------------------------------------
+
+    @property
+    def observes(self) -> bool:
+        """Whether a program is to be told which units of the running pass were active."""
+        return self._guided and any(asker.guide.observes for asker in self._askers)
+
+    def observe(self, site: Site, active: U32) -> None:
+        """Units of a site were active, ascending."""
+        for asker in self._askers:
+            asker.observe(site.site, active)
+
+    @property
+    def _askers(self) -> tuple[Asker, ...]:
+        """One a program."""
+        near = () if self._asker is None else (self._asker,)
+        return near if self.far is None or self.far.is_shared else (*near, self.far.asker)
+
+    def _far_level(self, guidance: Guidance, near: Asker, copies: Copies) -> FarLevel | None:
+        if guidance.far is None:
+            return None
+        layers = self._guided_steps[: self.model.layer_count]
+        if guidance.far.program == guidance.near.program:
+            return FarLevel(guidance.far, layers, near, None, copies, self.tally)
+        notes = self._notes_for(guidance.far)
+        return FarLevel(guidance.far, layers, Asker(guidance.far), notes, copies, self.tally)
+
+    def _begin_guided(self) -> None:
+        assert self._guidance is not None
+        self._guidance.near.ahead.end_pass()
+        if self.far is not None:
+            self.far.begin()
+        self._pace.begin()
+
+    def _far_due(self, origin: Origin) -> list[Wanted]:
+        """What is due at the far level, with a state of the kind that the near one is asked with.
+
+        What enters the first layer is not, where its attention follows before the next command.
+        """
+        assert self._guidance is not None
+        if self.far is None or origin.behind_attention != (self._guidance.near.ahead.layers > 0):
+            return []
+        return self.far.due(self._next)
+
+    def _shared_due(self, origin: Origin, due: int) -> list[Wanted]:
+        """What the near program's last command for now is to bring for the far level as well."""
+        if self.far is None or not self.far.is_shared or self._next < due:
+            return []
+        return self._far_due(origin)
+
+    def _request_far(self, origin: Origin, hidden: F32) -> None:
+        """Ask the far program for what is due and went with no other command."""
+        if self.far is not None:
+            self.far.settle()
+            due = self._far_due(origin)
+            if due:
+                self.far.send(due, self._token, hidden, origin)
+
+    def _learn(self, answer: Staged) -> None:
+        """What a command to the near program took."""
+        assert self._guidance is not None
+        self._guidance.near.ahead.note_drive(answer.timing.done_ns - answer.timing.submitted_ns)
+        if self.far is not None:
+            self.far.learn(answer)
+
+    def _learn_pace(self) -> None:
+        """What the host took for a layer."""
+        layer_ns = self._pace.layer_ns(self.tally.wait_ns)
+        if layer_ns is not None and self._guidance is not None:
+            self._guidance.near.ahead.note_host(layer_ns)
+            if self.far is not None:
+                self.far.guide.ahead.note_host(layer_ns)
+
+    # ---- what programs hear of a prompt ------------------------------------------------------
+
+    @property
+    def _takes_note(self) -> bool:
+        """Whether a program is told of the running sweep, since it is of one text."""
+        is_heard = self._notes is not None or (self.far is not None and self.far.hears)
+        return is_heard and not self._guided and self._place.texts == 1
+
+    def _notes_for(self, guide: Guide) -> Notes | None:
+        """For a program that remembers texts."""
+        if not any(guide.hears(layer) for layer in range(self.model.layer_count)):
+            return None
+        return Notes(self.drive, self.model_id, guide, self.tally)
+
+    def _note(self, layer: int, hidden: F32) -> None:
+        """Tell who hears it of states [rows, hidden] that enter a layer."""
+        if self._notes is not None:
+            self._notes.send(layer, self._token, hidden)
+        if self.far is not None:
+            self.far.note(layer, self._token, hidden)
+
+    def _end_notes(self) -> None:
+        if self._notes is not None:
+            self._notes.settle()
+        if self.far is not None:
+            self.far.end_prompt()
+
+    @property
+    def _is_asked(self) -> bool:
+        """Whether anything is left for a program to choose."""
+        return _chooses(self._guided_steps)
+
+    # ---- what arrived ------------------------------------------------------------------------
 
     def _arrived(self, layer: int) -> Arrival:
         """The current layer's step, waiting for it."""
@@ -382,6 +507,11 @@ class Engine:
         if self._notes is not None:
             self._notes.drop()
         self._next = 0
+
+
+def _chooses(steps: Sequence[Step]) -> bool:
+    """Whether a program is to choose units of these."""
+    return any(wanted.keep < 1.0 for step in steps for wanted in step.wanted)
 
 
 def _missing_bytes(wanted: list[Wanted], resident: dict[int, ResidentSite]) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 
 from csd_protocol.packed import PackedModel, Role
 from host_client.driver import Drive
+from host_client.runtime.guidance import UNNAMED
+from host_client.runtime.lookahead import AUTO
 from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import NoPredictor, RequestRefused
 
@@ -34,18 +36,23 @@ class Gating:
 
 
 def choose_gating(
-    drive: Drive, packed: PackedModel, quality: Quality, predictor: str | None = None
+    drive: Drive,
+    packed: PackedModel,
+    quality: Quality,
+    predictor: str | None = None,
+    far: str = AUTO,
 ) -> Gating:
     """The active programs that a mixture of this quality makes use of.
 
     Raises NoPredictor for a kept fraction without any, RequestRefused for a quality that mixtures
-    do not have, or a `predictor` by name.
+    do not have, or a `predictor` or a `far` level by name.
     """
-    if predictor is not None:
-        raise RequestRefused(
-            f"predictor {predictor}: {packed.name} is a mixture of experts, which takes a gate and "
-            f"a program within its experts as they are loaded. Leave the predictor out"
-        )
+    for level, kind in (("predictor", predictor), ("far", None if far in UNNAMED else far)):
+        if kind is not None:
+            raise RequestRefused(
+                f"{level} {kind}: {packed.name} is a mixture of experts, which takes a gate and a "
+                f"program within its experts as they are loaded. Leave the {level} out"
+            )
     if quality.corrected or quality.heads < 1.0:
         raise RequestRefused(
             f"quality {quality}: {packed.name} is a mixture of experts, and neither corrections "

@@ -61,6 +61,13 @@ class GenerationReport(BaseModel):
     recall: float | None
     expert_recall: float | None
     covered: float | None
+    far_predictor: str | None  # brings units of later layers into the drive's DRAM
+    far_lookahead: int | None  # what it is in the end, where it was learned
+    far_refused: str | None  # why there is no far level, where one could be
+    far_units: int  # brought from NAND
+    far_units_used: int  # of those, found there by what was staged later
+    window_ns_per_token: float  # in decode, what commands to the window took; modelled
+    nand_wait_ns_per_token: float  # of that, waiting for NAND
     reader: str
     drive: DriveReport
 
@@ -118,7 +125,7 @@ def generate(
     `timeline` is given the host's waits, reads, commands and tokens.
     """
     runtime = runtime_of(model)
-    before = runtime.tally.snapshot()
+    before, used_before = runtime.tally.snapshot(), runtime.brought_units_used()
     marks: list[Tally] = []
     clock = TokenClock(streamer, now_ns, lambda: marks.append(runtime.tally.snapshot()))
     runtime.engine.record(timeline)
@@ -166,6 +173,13 @@ def generate(
         recall=whole.recall,
         expert_recall=whole.expert_recall,
         covered=whole.covered,
+        far_predictor=runtime.far.kind if runtime.far is not None else None,
+        far_lookahead=runtime.far_lookahead,
+        far_refused=runtime.no_far,
+        far_units=whole.brought_units,
+        far_units_used=runtime.brought_units_used() - used_before,
+        window_ns_per_token=decode.window_ns / decoded,
+        nand_wait_ns_per_token=decode.nand_wait_ns / decoded,
         reader=runtime.reader.name,
         drive=_drive_report(whole),
     )

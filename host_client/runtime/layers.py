@@ -16,6 +16,7 @@ from torch import nn
 from csd_protocol.packed import Role, Site
 from host_client.runtime import kernels
 from host_client.runtime.engine import Engine
+from host_client.runtime.observed import Witness
 from host_client.runtime.prefetch import Block
 
 U16 = npt.NDArray[np.uint16]
@@ -138,13 +139,14 @@ class StagedFfn(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         engine, flat = self._engine, _flat(x)
         out = np.zeros_like(flat)
+        witness = Witness(flat.shape[1], engine.bf16) if engine.observes else None
         correction = engine.correct(self._site, flat) if engine.corrects else None
         entry = engine.resident[self._site.site]
         if entry.units.size:  # whatever was chosen, and while that is still on its way
-            self._add(flat, out, entry.units, entry.values)
+            self._add(flat, out, entry.units, entry.values, witness)
         block = engine.block(self._site)
         if block is not None and block.units.size:
-            self._add(flat, out, block.units, block.values)
+            self._add(flat, out, block.units, block.values, witness)
         if not engine.guided:
             for units, values in engine.missed_parts(self._site, block):
                 self._add(flat, out, units, values)
@@ -152,14 +154,24 @@ class StagedFfn(nn.Module):
             self.auditor(self._site, flat, block)
         if correction is not None:
             out += correction()
+        if witness is not None:
+            active = witness.most_active(engine.kept_of(self._site), self._site.count)
+            engine.observe(self._site, active)
         engine.leave(self._layer)
         return _like(x, out)
 
-    def _add(self, x: F32, out: F32, units: U32, values: U16) -> None:
-        activity = np.empty((x.shape[0], units.size), np.float32) if self.observer else None
+    def _add(
+        self, x: F32, out: F32, units: U32, values: U16, witness: Witness | None = None
+    ) -> None:
+        is_seen = self.observer is not None or witness is not None
+        activity = np.empty((x.shape[0], units.size), np.float32) if is_seen else None
         kernels.neurons(x, values, None, out, self._engine.bf16, activity)
-        if self.observer is not None and activity is not None:
+        if activity is None:
+            return
+        if self.observer is not None:
             self.observer(self._layer, units, activity)
+        if witness is not None:
+            witness.see(units, values, activity)
 
 
 class StagedHead(nn.Module):

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from host_client.driver import Drive, DriveError, PendingCommand
 from host_client.driver.commands import Origin, Told
+from host_client.runtime.guidance import Guide
 from host_client.runtime.tally import Tally
 
 U32 = npt.NDArray[np.uint32]
@@ -66,16 +67,18 @@ class Text:
 class Notes:
     """Commands that tell one program of hidden states, a few in flight."""
 
-    def __init__(self, drive: Drive, model_id: int, program: int, tally: Tally) -> None:
-        self._drive, self._model_id, self._program = drive, model_id, program
+    def __init__(self, drive: Drive, model_id: int, guide: Guide, tally: Tally) -> None:
+        self._drive, self._model_id, self._guide = drive, model_id, guide
         self._tally = tally
         self._pending: deque[PendingCommand[U32]] = deque()
 
     def send(self, layer: int, token: int, hidden: F32) -> None:
-        """States [rows, hidden] that enter a layer, row 0 at position `token`.
+        """States [rows, hidden] that enter a layer, row 0 at position `token`, if it hears those.
 
         Raises CommandFailed, also for what was sent before.
         """
+        if not self._guide.hears(layer):
+            return
         rows = max(1, self._drive.transfer_bytes_max // hidden[0].nbytes)
         for start in range(0, hidden.shape[0], rows):
             if len(self._pending) == IN_FLIGHT_MAX:
@@ -84,7 +87,7 @@ class Notes:
             told = Told(Origin(layer))
             self._pending.append(
                 self._drive.execute_program(
-                    self._program, self._model_id, layer, part, 0.0, told, token + start
+                    self._guide.program, self._model_id, layer, part, 0.0, told, token + start
                 )
             )
 

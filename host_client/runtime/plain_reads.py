@@ -14,7 +14,7 @@ from csd_protocol.packed import PackedModel, Site
 from csd_protocol.status import Status
 from host_client.driver import CommandFailed, Drive
 from host_client.model.catalog import read_units
-from host_client.runtime.copies import UnitsLost, read_checksums
+from host_client.runtime.copies import UnitsLost, read_any_unit_table
 
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
@@ -39,7 +39,7 @@ class PlainReads:
     def __init__(self, drive: Drive, model: PackedModel) -> None:
         """Raises DamagedRecord or CommandFailed when the model's CRC table cannot be read."""
         self._drive, self._model = drive, model
-        self._table = read_checksums(drive, model)
+        self._table = read_any_unit_table(drive, model)
 
     def site_units(self, site: Site) -> U16:
         """All units of a site [count, rows, cols], each from a copy that has it.
@@ -49,17 +49,35 @@ class PlainReads:
         return self.units(site, 0, site.count)
 
     def units(self, site: Site, start: int, stop: int) -> U16:
-        """Units [start, stop) of a site [stop - start, rows, cols]; as `site_units`."""
+        """Units [start, stop) of a site [stop - start, rows, cols]; as `site_units`.
+
+        Where the model is placed, all of the site is read for them.
+        """
+        slots = self._table.slots.get(site.site)
+        if slots is None:
+            return self._repaired(site, start, stop)
+        return self._repaired(site, 0, site.count)[slots[start:stop]]
+
+    def _repaired(self, site: Site, start: int, stop: int) -> U16:
+        """What lies in slots [start, stop), each from a copy that has it."""
         values, bad = self._read(site, 0, start, stop)
         for copy in range(1, self._model.copies):
             for row in np.flatnonzero(bad):
-                unit = start + int(row)
-                again, still = self._read(site, copy, unit, unit + 1)
+                slot = start + int(row)
+                again, still = self._read(site, copy, slot, slot + 1)
                 values[row], bad[row] = again[0], still[0]
         if bad.any():
-            lost = (start + np.flatnonzero(bad)).astype(np.uint32)
+            lost = self._units_in(site, start, bad)
             raise UnitsLost(self._model, {site: lost}, _unlike(site))
         return values
+
+    def _units_in(self, site: Site, start: int, flags: Flags) -> U32:
+        """The units in those slots from `start` on that have a flag, ascending."""
+        lying = (start + np.flatnonzero(flags)).astype(np.uint32)
+        slots = self._table.slots.get(site.site)
+        if slots is None:
+            return lying
+        return np.flatnonzero(np.isin(slots, lying)).astype(np.uint32)
 
     def verify(self, progress: Progress) -> list[Damage]:
         """Reads every unit of every copy; what is damaged, copy by copy."""
@@ -73,16 +91,16 @@ class PlainReads:
                 for start in range(0, site.count, step):
                     stop = min(start + step, site.count)
                     flags = self._read(site, copy, start, stop)[1]
-                    bad.append((start + np.flatnonzero(flags)).astype(np.uint32))
+                    bad.append(self._units_in(site, start, flags))
                     done += (stop - start) * site.unit_bytes
                     progress(done, total)
-                units = np.concatenate(bad)
+                units = np.sort(np.concatenate(bad))
                 if units.size:
                     found.append(Damage(site, copy, units))
         return found
 
     def _read(self, site: Site, copy: int, start: int, stop: int) -> tuple[U16, Flags]:
-        """Units [start, stop) from a copy [n, rows, cols], and which of them are not as packed.
+        """Slots [start, stop) from a copy [n, rows, cols], and which of them are not as packed.
 
         What cannot be read at once is read in halves, down to single units.
         """
@@ -107,9 +125,11 @@ class PlainReads:
         return values, bad
 
     def _differs(self, site: Site, start: int, values: U16) -> Flags:
-        expected = self._table[site.first_crc + start :][: values.shape[0]]
+        expected, slots = self._table.crcs_of(site), self._table.slots.get(site.site)
+        if slots is not None:
+            expected = expected[np.argsort(slots)]
         rows = values.reshape(values.shape[0], -1).view(np.uint8)
-        differs: Flags = crc32c_units(rows) != expected
+        differs: Flags = crc32c_units(rows) != expected[start : start + values.shape[0]]
         return differs
 
 

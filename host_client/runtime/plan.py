@@ -113,9 +113,8 @@ class _Draft:
             if site.role in ALWAYS_RESIDENT:
                 self.resident[site.site] = site.count
         self.kv_bytes = context * kv_bytes_per_token(model)
-        self.table_bytes = model.crc_table.length_bytes + 4 * sum(
-            site.count for site in model.sites if site.role is Role.FFN
-        )
+        neurons = sum(site.count for site in model.sites if site.role is Role.FFN)
+        self.table_bytes = 4 * (model.unit_count + neurons)
         self.fetch_buffer_bytes = max(
             FETCH_ROWS * model.find(Role.EMBED).unit_bytes,
             FETCH_NEURONS * self.ffns[0][0].unit_bytes,

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csd_protocol.packed import Site
-from host_client.driver import Drive, DriveLost, StagedSite, StageTarget
+from host_client.driver import Drive, DriveLost, Staged, StagedSite, StageTarget
 from host_client.io import Buffer, Extent, WindowLost, WindowReader
 from host_client.runtime.checksums import Checksums
 from host_client.runtime.copies import Copies, PendingUnits
@@ -75,6 +75,7 @@ class Arrival:
 
     number: int
     blocks: dict[int, Block] = field(default_factory=dict)  # by site
+    answer: Staged | None = None  # to its command, with the first of that command's steps
     give_back: Callable[[], None] | None = None
 
     def finish(self) -> None:
@@ -141,16 +142,22 @@ class Prefetcher:
         """The step that the next `take` returns; None when nothing was requested."""
         return self._outstanding[0].step.number if self._outstanding else None
 
-    def request(self, steps: Sequence[Step], ask: Ask | None = None) -> None:
-        """Ask the drive for steps, in one command; with `ask` where a program is to choose."""
+    def request(
+        self, steps: Sequence[Step], ask: Ask | None = None, to_dram: Sequence[Wanted] = ()
+    ) -> None:
+        """Ask the drive for steps, in one command; with `ask` where a program is to choose.
+
+        to_dram: what the same command is to bring into the drive's DRAM, if a program is asked.
+        """
         generation = self._reader.generation
         requests = tuple(_Request(step, generation, queue.SimpleQueue()) for step in steps)
         wanted = [wanted for step in steps for wanted in step.wanted]
-        targets = [_target(entry) for entry in wanted]
+        targets = [target_of(entry) for entry in wanted]
         release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
         pending: PendingUnits | None = None
         asked_ns = self.timeline.now_ns() if self.timeline else 0
         if ask is not None and (ask.told.experts or any(entry.keep < 1.0 for entry in wanted)):
+            targets += [target_of(entry, to_dram=True) for entry in to_dram]
             pending = self._copies.predict_and_stage(
                 ask.program, ask.token, ask.hidden, targets, release, ask.told
             )
@@ -197,13 +204,14 @@ class Prefetcher:
     def _read_burst(self, burst: _Burst) -> None:
         """Hand over each step of a command; after an error `_read_all` tells all of them."""
         sites: Iterator[StagedSite] = iter(())
+        answer: Staged | None = None
         if burst.pending is not None:
-            staged = burst.pending.result(STAGE_TIMEOUT_S)
-            self._tally.add_staged(staged)
+            answer = burst.pending.result(STAGE_TIMEOUT_S)
+            self._tally.add_staged(answer)
             if self.timeline is not None and burst.asked_ns:
                 numbers = [request.step.number for request in burst.requests]
-                self.timeline.note_command(numbers, burst.asked_ns, staged.timing)
-            sites = iter(staged.sites)
+                self.timeline.note_command(numbers, burst.asked_ns, answer.timing)
+            sites = iter(answer.sites)
         for request in burst.requests:
             mine = list(itertools.islice(sites, len(request.step.wanted)))
             try:
@@ -213,6 +221,7 @@ class Prefetcher:
                 raise
             finally:
                 self._read_leases.extend(site.lease for site in mine if site.lease)
+            arrival.answer, answer = answer, None
             request.arrived.put(arrival)
 
     def _arrive(self, request: _Request, staged: list[StagedSite]) -> Arrival:
@@ -293,10 +302,11 @@ class Prefetcher:
         return Block(units, values.view(np.uint16), staged.predicted)
 
 
-def _target(wanted: Wanted) -> StageTarget:
+def target_of(wanted: Wanted, to_dram: bool = False) -> StageTarget:
+    """What to ask of the drive for one site of a step."""
     site = wanted.site.site
     if wanted.keep < 1.0:
-        return StageTarget(site=site, keep=wanted.keep)
+        return StageTarget(site=site, keep=wanted.keep, to_dram=to_dram)
     if wanted.units is not None:
-        return StageTarget(site=site, units=wanted.units, ignore_residency=True)
-    return StageTarget(site=site, all=True)
+        return StageTarget(site=site, units=wanted.units, ignore_residency=True, to_dram=to_dram)
+    return StageTarget(site=site, all=True, to_dram=to_dram)

@@ -18,9 +18,12 @@ class Tally:
     queue_ns: int = 0
     program_ns: int = 0
     nand_ns: int = 0
+    nand_wait_ns: int = 0  # of that, what commands to the window took
+    window_ns: int = 0  # how long commands to the window took, from submission to completion
     dram_ns: int = 0
     link_ns: int = 0
     predicted_units: int = 0
+    brought_units: int = 0  # from NAND into the drive's DRAM, ahead of their use
     corrections: int = 0  # of one layer each: what the units left out add, in the drive's low bits
     late_units: int = 0  # staged after the true input showed that they were missing
     wanted_units: int = 0  # audited: what the true input wanted
@@ -33,13 +36,19 @@ class Tally:
     def add_staged(self, staged: Staged) -> None:
         self.commands += 1
         for site in staged.sites:
+            self.nand_page_reads += site.nand_page_reads
+            self.units_from_copies += site.units_from_copies
+            if site.to_dram:
+                self.brought_units += site.unit_count - site.units_from_dram
+                continue
             self.units_staged += site.unit_count
             self.units_from_dram += site.units_from_dram
             self.staged_bytes += site.length_bytes
-            self.nand_page_reads += site.nand_page_reads
-            self.units_from_copies += site.units_from_copies
             if site.predicted is not None:
                 self.predicted_units += int(site.predicted.size)
+        if not all(site.to_dram for site in staged.sites):
+            self.nand_wait_ns += staged.timing.nand_ns
+            self.window_ns += staged.timing.done_ns - staged.timing.submitted_ns
         self._add_timing(staged.timing)
 
     def add_run(self, timing: Timing) -> None:

@@ -11,7 +11,7 @@ import torch
 from real_model import MODEL, Device, Reference, speak
 
 from host_client import CsdModelForCausalLM, Drive
-from host_client.model.catalog import open_model, read_crc_table
+from host_client.model.catalog import open_model, read_unit_table
 
 ALL = range(5)
 CONTEXT = 128
@@ -75,5 +75,5 @@ def test_both_formats_pack_to_the_same_units(device: Device, reference: Referenc
         _, folder = open_model(drive, reference.folder.name)
         assert gguf.dtype == folder.dtype == "float16"
         assert gguf.fingerprint != folder.fingerprint
-        assert (read_crc_table(drive, gguf) == read_crc_table(drive, folder)).all()
+        assert (read_unit_table(drive, gguf).crcs == read_unit_table(drive, folder).crcs).all()
     assert len(list(reference.folder.glob("*.safetensors"))) > 2

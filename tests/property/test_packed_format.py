@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,8 +28,8 @@ from csd_protocol.packed import (
     encode_directory,
     encode_manifest,
     encode_progress,
-    manifest_version,
 )
+from csd_protocol.unit_table import UnitTable, decode_unit_table
 
 offsets = st.integers(0, 1 << 50)
 extents = st.builds(
@@ -76,7 +77,10 @@ def manifests(draw: st.DrawFn) -> PackedModel:
                 parts=parts,
             )
         )
-    table = Extent(offset_bytes=0, length_bytes=4 * sum(site.count for site in sites))
+    placed = draw(st.booleans())
+    neurons = sum(site.count for site in sites if site.role is Role.FFN)
+    units = sum(site.count for site in sites)
+    table = Extent(offset_bytes=0, length_bytes=4 * (units + neurons * placed))
     copies = draw(st.integers(1, COPIES_MAX))
     end = max(site.offset_bytes + site.length_bytes for site in sites)
     model = PackedModel(
@@ -91,9 +95,10 @@ def manifests(draw: st.DrawFn) -> PackedModel:
         sites=tuple(sites),
         crc_table=table,
         frequencies=draw(st.none() | extents),
+        calibration=draw(st.none() | extents),
+        placed=placed,
     )
-    version = manifest_version(copies, model.extended)
-    return model.model_copy(update={"format_version": version})
+    return model.in_oldest_version
 
 
 @given(records)
@@ -200,13 +205,14 @@ def test_copies_that_lie_over_each_other_are_refused(model: PackedModel) -> None
 def test_a_manifest_has_the_oldest_version_that_can_say_it(model: PackedModel) -> None:
     data = bytearray(encode_manifest(model))
     written = data[8]
-    assert written == (3 if model.extended else 1 if model.copies == 1 else 2)
-    for other in {1, 2, 3} - {written}:
+    older = 3 if model.extended else 1 if model.copies == 1 else 2
+    assert written == (4 if model.calibrated else older)
+    for other in {1, 2, 3, 4} - {written}:
         data[8] = other
         with pytest.raises(FormatError, match=r"do not go with format version"):
             decode_manifest(bytes(data))
-    data[8] = 4
-    reads = r"version 4; this version reads 1 and 2 and 3\. Pack again"
+    data[8] = 5
+    reads = r"version 5; this version reads 1 and 2 and 3 and 4\. Pack again"
     with pytest.raises(FormatError, match=reads):
         decode_manifest(bytes(data))
 
@@ -235,3 +241,29 @@ def test_fields_of_a_later_version_are_refused() -> None:
     directory = json.loads(Directory().model_dump_json()) | {"surprise": 1}
     with pytest.raises(ValueError, match="surprise"):
         Directory.model_validate(directory)
+
+
+@given(manifests(), st.integers(0, 1 << 32))
+def test_a_unit_table_is_read_back(model: PackedModel, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    slots = {site.site: rng.permutation(site.count).astype(np.uint32) for site in model.ffns()}
+    crcs = rng.integers(0, 1 << 32, model.unit_count, np.uint32)
+    data = UnitTable(crcs, slots if model.placed else {}).encode()
+    assert len(data) == model.crc_table.length_bytes
+    read = decode_unit_table(model, data)
+    assert np.array_equal(read.crcs, crcs)
+    assert read.slots.keys() == (slots.keys() if model.placed else set())
+    assert all(np.array_equal(read.slots[site], slots[site]) for site in read.slots)
+
+
+@given(manifests(), st.data())
+def test_slots_that_are_no_order_are_refused(model: PackedModel, data: st.DataObject) -> None:
+    if not model.slot_count:
+        return
+    slots = {site.site: np.arange(site.count, dtype=np.uint32) for site in model.ffns()}
+    crcs = np.zeros(model.unit_count, np.uint32)
+    site = data.draw(st.sampled_from(sorted(slots)))
+    unit = data.draw(st.integers(0, slots[site].size - 1))
+    slots[site][unit] = data.draw(st.integers(0, (1 << 32) - 1).filter(lambda slot: slot != unit))
+    with pytest.raises(FormatError, match="has slots twice, or none"):
+        decode_unit_table(model, UnitTable(crcs, slots).encode())

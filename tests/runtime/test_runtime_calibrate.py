@@ -17,11 +17,20 @@ from host_client.calibrate.preparation import (
     build_predictor,
     calibrate,
     load_predictors,
+    place,
+    recalibrate,
 )
 from host_client.calibrate.quality import decoded_losses, dense_truths
 from host_client.calibrate.statistics import WANTED_SHARE, measure_frequencies
 from host_client.calibrate.text import Split, default_text, token_windows
-from host_client.model.catalog import open_model, read_frequencies, store_frequencies
+from host_client.model.catalog import (
+    open_model,
+    read_calibration,
+    read_frequencies,
+    store_frequencies,
+)
+from host_client.runtime.allotment import allotted
+from host_client.runtime.plain_reads import PlainReads
 from host_client.runtime.refusals import ContextExceeded, NoPredictor
 
 NAME = "untied"
@@ -249,3 +258,147 @@ def test_perplexities_agree_at_exact_quality(lab, windows) -> None:
     assert decoded.perplexity == pytest.approx(expected, rel=1e-4)
     assert decoded.agreed == decoded.scored == 3 * 11
     assert abs(decoded.kl) < 1e-4
+
+
+# ---- the walk of `csd calibrate` ---------------------------------------------------------------
+
+
+TEXT = torch.randint(0, 257, (3, 24), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def calibrated(make_lab) -> Any:
+    """A lab whose model was calibrated, and its manifest."""
+    lab = make_lab()
+    _, packed = lab.packed(NAME)
+    return lab, recalibrate(lab.drive, packed, TEXT, silent)
+
+
+def whole_divergence(dense: Any, layer: int, windows: torch.Tensor) -> float:
+    """KL of the whole model when one layer keeps the best third of its neurons, by hooks."""
+    mlp = dense.model.layers[layer].mlp
+    norms = mlp.down_proj.weight.norm(dim=0)
+
+    def keep_a_third(_: Any, arguments: Any) -> Any:
+        scores = arguments[0].abs() * norms
+        best = scores.topk(round(NEURONS * WANTED_SHARE)).indices
+        return arguments[0] * torch.zeros_like(scores).scatter_(-1, best, 1.0)
+
+    with torch.inference_mode():
+        truth = dense(windows).logits.log_softmax(-1)
+        hook = mlp.down_proj.register_forward_pre_hook(keep_a_third)
+        masked = dense(windows).logits.log_softmax(-1)
+        hook.remove()
+    return float((truth.exp() * (truth - masked)).sum(-1).mean())
+
+
+def test_sensitivity_is_what_masking_one_layer_costs(calibrated) -> None:
+    lab, packed = calibrated
+    found = read_calibration(lab.drive, packed)
+    third = round(NEURONS * WANTED_SHARE)
+    for layer in range(LAYERS):
+        measured = found.weights[layer] * found.dropped[layer, third]
+        expected = whole_divergence(lab.zoo.dense(NAME), layer, TEXT)
+        assert measured == pytest.approx(expected, rel=0.02)
+    assert packed.frequency_tokens == TEXT.numel()
+
+
+def test_a_walk_that_was_broken_off_goes_on(make_lab, tmp_path) -> None:
+    lab = make_lab()
+    _, packed = lab.packed(NAME)
+    folder = tmp_path / "kept"
+
+    def measured(told: Any, windows: torch.Tensor = TEXT) -> tuple[bytes, bytes]:
+        stored = recalibrate(lab.drive, packed, windows, told, folder)
+        counts, found = read_frequencies(lab.drive, stored), read_calibration(lab.drive, stored)
+        return counts.tobytes(), found.encode()
+
+    def break_off_after(layers: int) -> Any:
+        def told(done: int, total: int) -> None:
+            if done == layers:
+                raise KeyboardInterrupt
+
+        return told
+
+    steps: list[tuple[int, int]] = []
+    whole = measured(lambda *step: steps.append(step))
+    assert steps == [(done, LAYERS) for done in range(LAYERS + 1)]
+    assert not list(folder.iterdir())
+    for layers in range(1, LAYERS + 1):
+        with pytest.raises(KeyboardInterrupt):
+            measured(break_off_after(layers))
+        assert len(list(folder.iterdir())) == 1
+        steps.clear()
+        assert measured(lambda *step: steps.append(step)) == whole
+        assert steps[0] == (layers, LAYERS)
+    with pytest.raises(KeyboardInterrupt):
+        measured(break_off_after(2))
+    steps.clear()
+    other = measured(lambda *step: steps.append(step), TEXT.flip(0))
+    assert steps[0] == (0, LAYERS)  # of other text nothing is taken over
+    assert other != whole
+    with pytest.raises(KeyboardInterrupt):
+        measured(break_off_after(2))
+    (kept,) = folder.glob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert measured(silent) == whole
+
+
+def test_layers_keep_what_they_were_allotted(calibrated) -> None:
+    lab, packed = calibrated
+    load_predictors(lab.drive, packed, silent)
+    found = read_calibration(lab.drive, packed)
+    for text, expected in [
+        ("0.4", allotted(found, 0.4)),
+        ("0.4+uniform", [NEURONS * 0.4] * LAYERS),
+        ("0.4+correct", [NEURONS * 0.4] * LAYERS),
+    ]:
+        model = lab.open(NAME, lab.budget(NAME, 0), text)
+        engine = model.csd.engine
+        kept = [engine.kept_of(packed.find(Role.FFN, layer)) for layer in range(LAYERS)]
+        assert [np.ceil(share * NEURONS) for share in kept] == [np.ceil(n) for n in expected]
+        with torch.inference_mode():
+            model(TEXT[:1, :1], use_cache=False)
+        model.csd.close()
+    assert sum(allotted(found, 0.4)) == LAYERS * 52
+    assert len({*allotted(found, 0.4)}) > 1
+
+
+def decoded(lab: Any, quality: str) -> tuple[list[int], torch.Tensor]:
+    model = lab.open(NAME, lab.budget(NAME, 0.3), quality)
+    out = model.generate(
+        TEXT[:1],
+        max_new_tokens=6,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    model.csd.close()
+    return out.sequences[0].tolist(), torch.cat(out.logits)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_placing_changes_no_bit_of_the_output(make_lab, copies: int) -> None:
+    lab = make_lab(copies=copies)
+    _, packed = lab.packed(NAME)
+    packed = recalibrate(lab.drive, packed, TEXT, silent)
+    load_predictors(lab.drive, packed, silent)
+    before = {quality: decoded(lab, quality) for quality in ("exact", "0.4", "0.4+correct")}
+    programs = lab.drive.programs()
+    counts = read_frequencies(lab.drive, packed)
+    units = [PlainReads(lab.drive, packed).site_units(site) for site in packed.sites]
+
+    placed = place(lab.drive, packed, silent)
+    assert placed.placed
+    reads = PlainReads(lab.drive, placed)
+    for site, content in zip(placed.sites, units, strict=True):
+        assert np.array_equal(reads.site_units(site), content)
+        assert np.array_equal(reads.units(site, 0, 1), content[:1])
+    assert reads.verify(silent) == []
+    assert lab.drive.programs() == programs
+    for quality, (tokens, logits) in before.items():
+        again, others = decoded(lab, quality)
+        assert again == tokens
+        assert torch.equal(others, logits)
+    measured = recalibrate(lab.drive, placed, TEXT, silent)
+    assert np.array_equal(read_frequencies(lab.drive, measured), counts)

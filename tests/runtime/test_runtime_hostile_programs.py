@@ -187,6 +187,25 @@ def test_a_kept_fraction_by_any_program_comes_to_an_end(
 
 
 @pytest.mark.parametrize("fill", FILLS)
+def test_no_far_program_changes_a_token(lab, tokens_of, greedy, fill: str) -> None:
+    """Whatever it says to bring, the near program's units are what counts, and all of them."""
+    lab.packed(NAME)
+    lab.drive.load_program(3, FILES[ProgramKind.SHADOW](noise))
+    ids, expected = tokens_of(lab, NAME, 6), None
+    for far in (None, *GUIDES):
+        if far is not None and far is not ProgramKind.SHADOW:
+            lab.drive.load_program(4, FILES[far](FILLS[fill]))
+        kind = "none" if far is None else f"{far.value}@2"
+        model = lab.open(NAME, lab.budget(NAME, 0.0), 0.25, predictor="shadow", far=kind)
+        rows = greedy(model, ids, NEW)
+        assert rows == (expected or rows)
+        expected = rows
+        assert model.csd.no_far == (None if far is not None else "it was switched off")
+        assert model.csd.tally.predicted_units == (NEW - 1) * LAYERS * UNITS // 4
+        model.csd.close()
+
+
+@pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("kind", [ProgramKind.SHADOW, ProgramKind.ROLLOUT])
 def test_a_correction_that_is_no_number_is_a_status(
     lab, tokens_of, greedy, kind: ProgramKind, fill: str

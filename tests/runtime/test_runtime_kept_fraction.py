@@ -277,6 +277,7 @@ def test_a_shadow_goes_before_a_frequency(lab) -> None:
         ("1+heads=0.5", 1.0, "1+heads=0.5"),
         ("1+heads=1.0", 1.0, "exact"),
         (Quality(0.5, corrected=True), 0.5, "0.5+correct"),
+        ("0.5+heads=0.5+uniform", 0.5, "0.5+uniform+heads=0.5"),
     ],
 )
 def test_qualities(given: Any, kept: float, shown: str) -> None:
@@ -295,6 +296,7 @@ def test_qualities(given: Any, kept: float, shown: str) -> None:
         *["", "best", "0", "-0.5", "1.5", "nan", "inf", "50%", 0.0, -1],
         *["correct", "0.5+", "0.5+corrected", "0.5+correct+correct", "exact+correct"],
         *["1+correct", "0.5+heads", "0.5+heads=0", "0.5+heads=2", "0.5+heads=.5+heads=.5"],
+        *["uniform", "1+uniform", "exact+uniform", "0.5+uniform+uniform"],
     ],
 )
 def test_what_is_no_quality_is_refused(lab, given: Any) -> None:

@@ -45,6 +45,12 @@ def test_settings_read_as_they_are_written() -> None:
     assert three == Asked("rollout", 1, 0.1, corrected=True, rows=Rows(3, fitted=True))
     assert three.curve == "rollout@1, corrected, 3 bits, fitted"
     assert parse("oracle:0.1+correct+fit").rows == Rows(fitted=True)
+    dealt = parse("rollout@2:0.5+correct+heads=0.67+allotted+fit")
+    assert dealt.allotted
+    assert (dealt.corrected, dealt.heads, dealt.rows) == (True, 0.67, Rows(fitted=True))
+    assert dealt.name == "rollout@2:0.5+correct+heads=0.67+allotted+fit"
+    assert dealt.curve == "rollout@2, corrected, fewer heads, allotted, fitted"
+    assert parse("oracle:0.5+allotted") == Asked("oracle", AT_FFN, 0.5, allotted=True)
     assert len({parse(text) for text in DEFAULT_SETTINGS}) == len(DEFAULT_SETTINGS)
 
 
@@ -58,6 +64,7 @@ def test_a_setting_is_named_as_it_is_asked_for(text: str) -> None:
     [
         *("", "oracle", "oracle@1:0.5", "psychic:0.5", "shadow:0", "shadow:1.1", "shadow@x:0.5"),
         *("shadow:0.5+", "shadow:0.5+corrects", "rollout@1:nan", "frequency@2:0.5"),
+        *("oracle:0.5+allotted+correct", "oracle:0.5+uniform", "oracle:1+allotted"),
         *(
             "shadow:0.5+bits=5",
             "shadow:0.5+fit+bits=3",
@@ -111,6 +118,17 @@ def test_programs_are_built_for_the_settings_that_need_them(lab, tokens_of) -> N
     assert set(prepared.programs) == {(row.program, row.lookahead) for row in asked}
     report = sweep(prepared, seen[:2], asked, silent)
     assert [outcome.recall > 0.5 for outcome in report.outcomes] == [True] * 4  # half by chance
+
+
+def test_allotted_units_are_as_many_in_all(lab, tokens_of) -> None:
+    model = DenseModel(SafetensorsFolder(lab.zoo.folder(NAME)))
+    seen = torch.cat([tokens_of(lab, NAME, 16, seed=seed) for seed in range(4)])
+    asked = [parse(text) for text in ("oracle:0.4", "oracle:0.4+allotted")]
+    prepared = prepare(model, seen, asked, 0.0, silent)
+    even, dealt = sweep(prepared, seen[:2], asked, silent).outcomes
+    assert dealt.computed_share == even.computed_share
+    assert len({row.kept for row in even.layers}) == 1 < len({row.kept for row in dealt.layers})
+    assert dealt.kl_nats < even.kl_nats  # on the text that it was measured on
 
 
 def test_a_sweep_gives_a_row_a_setting_and_a_plot(

@@ -26,10 +26,10 @@ from csd_protocol.packed import (
     directory_slot,
     encode_directory,
     encode_manifest,
-    manifest_version,
 )
 from csd_protocol.program_file import ShadowLayer, encode_shadow
 from csd_protocol.status import Status
+from csd_protocol.unit_table import UnitTable
 
 HIDDEN, NEURONS, LAYERS = 64, 96, 2
 BLOCK = 4096
@@ -75,12 +75,13 @@ def mixture_shapes(experts: int = 4) -> list[tuple[Role, UnitKind, int, int, int
     return shapes
 
 
-def pack(model: int = 1, copies: int = 1, mixture: bool = False) -> Packed:
+def pack(model: int = 1, copies: int = 1, mixture: bool = False, placed: bool = False) -> Packed:
     rng = np.random.default_rng(model)
     at = MODELS_OFFSET_BYTES + 64 * BLOCK
     sites: list[Site] = []
     units: list[np.ndarray] = []
     writes: list[tuple[int, bytes]] = []
+    slots: dict[int, np.ndarray] = {}
     first_crc = 0
     for role, kind, layer, count, rows in mixture_shapes() if mixture else site_shapes():
         expert = sites[-1].expert + 1 if mixture and role is Role.FFN else -1
@@ -89,12 +90,17 @@ def pack(model: int = 1, copies: int = 1, mixture: bool = False) -> Packed:
             cols=HIDDEN, offset_bytes=at, first_crc=first_crc, expert=expert,
         )  # fmt: skip
         content = rng.integers(0, 256, (count, site.unit_bytes), np.uint8)
-        writes.append((at, blocks(content.tobytes())))
+        lying = content
+        if placed and role is Role.FFN:
+            slots[site.site] = rng.permutation(count).astype(np.uint32)
+            lying = content[np.argsort(slots[site.site])]
+        writes.append((at, blocks(lying.tobytes())))
         sites.append(site)
         units.append(content)
         at = align_up(at + site.length_bytes, BLOCK)
         first_crc += count
-    table = np.concatenate([crc32c_units(content) for content in units]).tobytes()
+    crcs = np.concatenate([crc32c_units(content) for content in units])
+    table = UnitTable(crcs, slots).encode()
     table_extent = Extent(
         offset_bytes=MODELS_OFFSET_BYTES + 32 * BLOCK, length_bytes=len(table), crc32c=crc32c(table)
     )
@@ -103,8 +109,8 @@ def pack(model: int = 1, copies: int = 1, mixture: bool = False) -> Packed:
         name="m", family="llama", config={}, dtype="float16", source="test", fingerprint="f",
         sites=tuple(sites), crc_table=table_extent, copies=copies,
         copy_stride_bytes=stride if copies > 1 else 0,
-        format_version=manifest_version(copies, mixture),
-    )  # fmt: skip
+        placed=placed,
+    ).in_oldest_version  # fmt: skip
     writes.append((table_extent.offset_bytes, blocks(table)))
     once = list(writes)
     for copy in range(1, copies):
@@ -191,6 +197,11 @@ def shadow_program(bits: int = 4) -> bytes:
 @pytest.fixture(scope="session")
 def packed() -> Packed:
     return pack()
+
+
+@pytest.fixture(scope="session")
+def pack_model() -> Callable[..., Packed]:
+    return pack
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from csd_protocol.packed import (
 from host_client.model.catalog import (
     list_models,
     open_model,
-    read_crc_table,
+    read_unit_table,
     read_units,
     remove_model,
     store_frequencies,
@@ -44,7 +44,9 @@ def test_every_copy_holds_the_same_units_and_checksums(
     assert (model.copies, open_model(drive, "tiny")) == (copies, (1, model))
     assert model.weights_bytes == single.weights_bytes
     for copy in range(copies):
-        assert np.array_equal(read_crc_table(drive, model, copy), read_crc_table(once, single))
+        assert np.array_equal(
+            read_unit_table(drive, model, copy).crcs, read_unit_table(once, single).crcs
+        )
         for site, other in zip(model.sites, single.sites, strict=True):
             units = read_units(drive, site, 0, site.count, model.place_of(site, copy))
             assert np.array_equal(units, read_units(once, other, 0, other.count))
@@ -85,7 +87,7 @@ def test_frequencies_are_kept_beside_copies(tiny_folder: Path, ram_drive: Any) -
         store_frequencies(ram_drive, "tiny", np.full((2, 96), counted, np.uint32), counted)
     _, again = open_model(ram_drive, "tiny")
     assert (again.copies, again.sites) == (2, model.sites)
-    assert crc32c(read_crc_table(ram_drive, again, 1).tobytes()) == again.crc_table.crc32c
+    assert crc32c(read_unit_table(ram_drive, again, 1).encode()) == again.crc_table.crc32c
 
 
 def test_an_interrupted_pack_goes_on_in_any_copy(tiny_folder: Path, make_drive: Any) -> None:

@@ -16,7 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from csd_protocol.crc32c import crc32c
 from csd_protocol.packed import MODELS_OFFSET_BYTES, PackedModel, Role, UnitKind
 from host_client.model import packer
-from host_client.model.catalog import list_models, open_model, read_crc_table, read_units
+from host_client.model.catalog import list_models, open_model, read_unit_table, read_units
 from host_client.model.errors import (
     DifferentModel,
     DriveTooSmall,
@@ -84,7 +84,7 @@ def assert_same(actual: Tensors, expected: Tensors) -> None:
 
 
 def assert_checksums(drive: Any, model: PackedModel) -> None:
-    table = read_crc_table(drive, model)
+    table = read_unit_table(drive, model).crcs
     for site in model.sites:
         for index, unit in enumerate(read_units(drive, site, 0, site.count)):
             assert table[site.first_crc + index] == crc32c(unit)

@@ -5,14 +5,19 @@ for its layers (Liu et al., arXiv:2408.14690). What a layer loses when only so m
 measured on calibration text, and weighed by how much a loss in that layer matters.
 """
 
+import math
+
 import numpy as np
 import numpy.typing as npt
+
+from host_client.model.calibration_record import Calibration
+from host_client.runtime.quality import Quality
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 
-def allot(dropped: F32, weights: F64, kept: int, least: int = 1) -> list[int]:
+def allot(dropped: F32, weights: F32 | F64, kept: int, least: int = 1) -> list[int]:
     """Units kept by layer, `kept` in all.
 
     dropped: float32 [layers, units + 1], squared output lost when so many units are kept, falling
@@ -28,3 +33,22 @@ def allot(dropped: F32, weights: F64, kept: int, least: int = 1) -> list[int]:
     order = np.argsort(-saved, axis=None, kind="stable")[:kept]
     counts = np.bincount(order // units, minlength=layers)
     return [int(count) for count in counts]
+
+
+def allotted(calibration: Calibration, share: float) -> list[int]:
+    """Units kept by layer, as many in all as if each layer kept this share."""
+    layers, units = calibration.order.shape
+    return allot(calibration.dropped, calibration.weights, layers * math.ceil(share * units))
+
+
+def kept_shares(quality: Quality, calibration: Calibration | None, layers: int) -> list[float]:
+    """The share of its FFN units that each layer keeps, of which a part of a unit is a unit.
+
+    Uniform where what is left out is corrected: what that loses was not measured.
+    """
+    is_uniform = quality.uniform or quality.corrected or quality.kept >= 1.0
+    if calibration is None or is_uniform:
+        return [quality.kept] * layers
+    units = calibration.order.shape[1]
+    counts = allotted(calibration, quality.kept)
+    return [(kept - 0.5) / units if kept < units else 1.0 for kept in counts]

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from host_client.calibrate.allotment import allot
+from host_client.runtime.allotment import allot
 
 LAYERS, UNITS = 3, 5
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from csd_protocol.program_file import ProgramKind
+from csd_protocol.program_file import ProgramKind, TwoLayers
 from host_client.calibrate import two_layers
 from host_client.calibrate.farsight import Farsight
 from host_client.calibrate.farsight_fit import SightText, fit_farsight, width_for
-from host_client.calibrate.labels import Labels
+from host_client.calibrate.labels import Labels, SoftLabels
 from host_client.calibrate.read_program import read_program
 from host_client.calibrate.training import found_share
 from host_client.calibrate.two_layers import Rows, fit_two_layers
@@ -32,11 +32,14 @@ def dice() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
 
-def recall_of(layer, inputs: torch.Tensor, wanted: Labels, relu: bool) -> float:
+def scores_of(layer: TwoLayers, inputs: torch.Tensor, relu: bool) -> torch.Tensor:
     inner = inputs @ torch.from_numpy(layer.inner).t() + torch.from_numpy(layer.inner_bias)
     between = inner.relu() if relu else inner
-    scores = between @ torch.from_numpy(layer.outer).t() + torch.from_numpy(layer.outer_bias)
-    return found_share(scores, wanted.rows(slice(0, None)), WANTED)
+    return between @ torch.from_numpy(layer.outer).t() + torch.from_numpy(layer.outer_bias)
+
+
+def recall_of(layer: TwoLayers, inputs: torch.Tensor, wanted: Labels, relu: bool) -> float:
+    return found_share(scores_of(layer, inputs, relu), wanted.rows(slice(0, None)), WANTED)
 
 
 @pytest.mark.parametrize("kind", [ProgramKind.LOWRANK, ProgramKind.MLP])
@@ -135,3 +138,24 @@ def test_labels_are_what_they_were_made_of(dice) -> None:
     assert torch.equal(labels.rows(slice(0, None)).bool(), mask.flatten(0, 1))
     assert torch.equal(labels.rows(torch.tensor([7, 2])).bool(), mask.flatten(0, 1)[[7, 2]])
     assert np.allclose(labels.shares(), mask.flatten(0, 1).float().mean(0))
+
+
+def test_soft_labels_are_shares_that_rank_as_sizes_do(dice) -> None:
+    sizes = torch.rand(3, 5, 4, generator=dice)
+    sizes[0, 0] = 0  # a row that adds nothing
+    labels = SoftLabels.of(sizes)
+    rows = labels.rows(slice(1, None))
+    assert labels.wanted == 2
+    assert torch.allclose(rows.sum(1), torch.ones(14))
+    assert torch.equal(rows.argsort(), sizes.flatten(0, 1)[1:].argsort())
+    assert not labels.rows(torch.tensor([0])).any()
+
+
+@pytest.mark.parametrize("kind", [ProgramKind.LOWRANK, ProgramKind.MLP])
+def test_a_program_of_few_outputs_ranks_them_as_their_sizes(dice, kind: ProgramKind) -> None:
+    inputs = torch.randn(400, HIDDEN, generator=dice)
+    sizes = (inputs @ torch.randn(HIDDEN, 3, generator=dice) / HIDDEN**0.5).exp()
+    layer = fit_two_layers(kind, Rows(inputs, SoftLabels.of(sizes)), torch.ones(HIDDEN), 8, 4)
+    scores = scores_of(layer, inputs, kind is ProgramKind.MLP)
+    agreed = scores.argmax(1) == sizes.argmax(1)
+    assert agreed.float().mean() > 0.85  # a third by chance

@@ -197,30 +197,41 @@ class Loaded:
     skipped: list[str] = field(default_factory=list)
 
 
-def load_predictors(drive: Drive, packed: PackedModel, progress: Progress) -> Loaded:
+def load_predictors(
+    drive: Drive, packed: PackedModel, progress: Progress, windows: torch.Tensor | None = None
+) -> Loaded:
     """Build and load what serves the model best; earlier programs of the same kinds go.
+
+    windows: int64 [windows, tokens] of text that low-bit rows are rounded to fit; None: each value
+    to the nearest level.
 
     A rollout, or a shadow where the drive cannot hold that or the model has no place for it: both
     choose and correct. And a frequency, where the neurons were counted. A mixture has a gate as
     well, and no rollout.
     """
-    loaded = Loaded()
+    loaded, recipe = Loaded(), Recipe(windows=windows)
     if packed.experts:
-        _load_if_it_fits(drive, packed, Kind.GATE, progress, loaded)
+        _load_if_it_fits(drive, packed, Kind.GATE, recipe, progress, loaded)
     for kind in (Kind.SHADOW,) if packed.experts else (Kind.ROLLOUT, Kind.SHADOW):
-        if _load_if_it_fits(drive, packed, kind, progress, loaded):
+        if _load_if_it_fits(drive, packed, kind, recipe, progress, loaded):
             break
     if packed.frequencies is not None:
-        _load_if_it_fits(drive, packed, Kind.FREQUENCY, progress, loaded)
+        _load_if_it_fits(drive, packed, Kind.FREQUENCY, recipe, progress, loaded)
     return loaded
 
 
 def _load_if_it_fits(
-    drive: Drive, packed: PackedModel, kind: Kind, progress: Progress, loaded: Loaded
+    drive: Drive,
+    packed: PackedModel,
+    kind: Kind,
+    recipe: Recipe,
+    progress: Progress,
+    loaded: Loaded,
 ) -> bool:
     """Whether the drive can hold the program, and what it remembers of this host."""
     try:
-        number = load_predictor(drive, packed, kind, build_predictor(drive, packed, kind, progress))
+        data = build_predictor(drive, packed, kind, progress, recipe)
+        number = load_predictor(drive, packed, kind, data)
     except UnsupportedModel as error:
         loaded.skipped.append(f"{kind}: {error}")
         return False

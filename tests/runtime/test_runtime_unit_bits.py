@@ -17,12 +17,15 @@ from transformers import (
     Qwen2Config,
 )
 
-from csd_protocol.packed import PackedModel, Role
+from csd_protocol.packed import Bits, PackedModel, Role
+from csd_protocol.program_file import encode_window
 from csd_protocol.units import MIB
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.predictor import read_down_norms
-from host_client.calibrate.preparation import build_predictor, load_predictors
+from host_client.calibrate.preparation import Kind, build_predictor, load_predictors
 from host_client.runtime.plan import make_plan, parse_budget
+from host_client.runtime.quality import Quality
+from host_client.runtime.token_time import volumes_of
 
 CLOSE = 1e-5
 SHARES = (0.0, 0.4, 1.2)  # of the way from the smallest budget to the whole model
@@ -213,3 +216,53 @@ def test_down_norms_are_of_the_dequantised_columns(lab) -> None:
         layer.mlp.down_proj.weight.detach().norm(dim=0).numpy() for layer in dense.model.layers
     ]
     assert np.allclose(read_down_norms(lab.drive, packed), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_far_level_brings_levels_and_is_told_what_was_active(
+    make_lab, monkeypatch, bits: Bits
+) -> None:
+    lab = make_lab(unit_cache_bytes=MIB)
+    lab.bits = bits
+    _, packed = lab.packed("untied")
+    norms = read_down_norms(lab.drive, packed)
+    counts = {layer: np.arange(norms.shape[1]) for layer in range(norms.shape[0])}
+    lab.drive.load_program(1, build_predictor(lab.drive, packed, Kind.SHADOW, silent))
+    lab.drive.load_program(2, encode_window("untied", counts, tokens=2, decay=0.5))
+    logits, scores, told = [], {}, {}
+
+    def note(layer: int, units: np.ndarray, activity: np.ndarray) -> None:
+        if activity.shape[0] == 1:
+            found = activity[0] * norms[layer][units]
+            scores.setdefault(layer, {}).update(zip(units, found, strict=True))
+
+    for far in ("window", "none"):
+        model = lab.open("untied", lab.budget("untied", 0.4), "0.3", predictor="shadow", far=far)
+        if far == "window":
+            for layer in model.model.layers:
+                layer.mlp.observer = note
+            monkeypatch.setattr(
+                model.csd.engine, "observe", lambda site, units: told.update({site.layer: units})
+            )
+        logits.append(decode(model, ids_of(8), 7))
+        assert (model.csd.tally.brought_units > 0) == (far == "window")
+    assert torch.equal(*logits)
+    assert sorted(told) == list(range(norms.shape[0]))
+    for layer, units in told.items():
+        best = sorted(scores[layer], key=scores[layer].__getitem__)[-units.size :]
+        assert np.array_equal(units, np.sort(best))
+
+
+def test_a_token_moves_the_bytes_of_its_levels_and_its_program_as_many_as_ever(lab) -> None:
+    _, packed = lab.packed("llama")
+    sites = tuple(site.model_copy(update={"bits": 16}) for site in packed.sites)
+    of_levels, of_16_bits = (
+        volumes_of(model, make_plan(model, 1 << 30, 8), Quality.parse("0.5"))
+        for model in (packed, packed.model_copy(update={"sites": sites}))
+    )
+    assert of_levels[-1].host_bytes == packed.find(Role.LM_HEAD).length_bytes
+    passed = [Role.NORMS, Role.KV, Role.HEADS, Role.FFN]  # of which all is resident
+    assert of_levels[0].host_bytes == sum(packed.find(role, 0).length_bytes for role in passed)
+    for levels, values in zip(of_levels, of_16_bits, strict=True):
+        assert levels.host_bytes < 0.6 * values.host_bytes
+        assert levels.program_bytes == values.program_bytes

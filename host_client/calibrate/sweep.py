@@ -121,8 +121,7 @@ DEFAULT_SETTINGS = (
     *("rollout@1:0.33+correct+fit", "rollout@1:0.25+correct+fit", "rollout@1:0.1+correct+fit"),
     *("shadow:0.1+correct+bits=3", "shadow:0.1+correct+bits=3+fit"),
     *("rollout@1:0.1+correct+bits=3", "rollout@1:0.1+correct+bits=3+fit"),
-    *("svd@1:0.5", "svd@1:0.33", "lowrank@1:0.5", "lowrank@1:0.33"),
-    *("mlp@1:0.5", "mlp@1:0.33", "farsight:0.5", "farsight:0.33"),
+    *("svd@1:0.5", "lowrank@1:0.5", "mlp@1:0.5", "farsight:0.5"),
 )
 
 

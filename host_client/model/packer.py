@@ -381,7 +381,7 @@ class _Drawn:
 
     def __init__(self, job: Job, checkpoint: SyntheticCheckpoint) -> None:
         self.checkpoint = checkpoint
-        drawn = {shape.bits for shape in job.shapes if is_drawn(shape)}
+        drawn = sorted({shape.bits for shape in job.shapes if is_drawn(shape)})
         self.patterns = {bits: checkpoint.patterns(bits) for bits in drawn}
         define = job.storage.define_patterns
         self.numbers = {bits: define(made.tobytes()) for bits, made in self.patterns.items()}

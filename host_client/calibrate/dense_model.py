@@ -63,10 +63,10 @@ def _check_known(checkpoint: Checkpoint) -> None:
 class DenseModel:
     """A LLaMA checkpoint: its layers, and the arithmetic of one.
 
-    Weights are rounded to 16 bits as they are when the model is packed, so that units near a
-    threshold fall as they do on a drive.
     `dtype`: of the factors of matrix products; sums, norms and the residual stream are float32.
     `device`: where weights and states are.
+    `as_packed`: weights are rounded to 16 bits as packing does, so that units near a threshold fall
+    as they do on a drive. What was read off a drive is so already, or has fewer bits.
     """
 
     def __init__(
@@ -74,12 +74,16 @@ class DenseModel:
         checkpoint: Checkpoint,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        as_packed: bool = False,
     ) -> None:
         """Raises UnknownFamily, InvalidConfig or UnsupportedModel."""
         find_family(checkpoint.config, checkpoint.source).check(checkpoint.config)
         _check_known(checkpoint)
         self._checkpoint = checkpoint
-        self._packed_dtype = getattr(torch, checkpoint.dtype)
+        self._read_dtype: torch.dtype | None = None
+        if as_packed:
+            self._read_dtype = getattr(torch, checkpoint.dtype)
         self.dtype, self.device = dtype, torch.device(device)
         self.shape: LlamaShape = llama_shape(checkpoint.config)
         self.rms_eps = float(checkpoint.config.get("rms_norm_eps", 1e-6))
@@ -216,7 +220,7 @@ class DenseModel:
 
     def _read(self, name: str) -> torch.Tensor:
         rows = self._checkpoint.read_rows(name, 0, self._checkpoint.shape(name)[0])
-        return rows.to(self.device, self._packed_dtype).float()
+        return rows.to(self.device, self._read_dtype).float()
 
 
 def best_device() -> torch.device:

@@ -171,7 +171,7 @@ def _swept(
     dtype: torch.dtype,
 ) -> QualityReport:
     with open_checkpoint(source) as checkpoint:
-        dense = DenseModel(checkpoint, dtype)
+        dense = DenseModel(checkpoint, dtype, as_packed=True)
         with progress_count("calibrating, layers") as update:
             prepared = prepare(dense, seen, asked, resident, update)
         with progress_count(f"{len(asked)} settings, layers") as update:

@@ -18,6 +18,7 @@ from csd_device.drive import Drive
 from csd_device.errors import CommandError, WriteFault
 from csd_device.firmware import commands as c
 from csd_device.ftl import Ftl
+from csd_device.nand.direct_media import Begin
 from csd_device.nand.media import U8, Media
 from csd_device.nand.superblocks import Superblocks
 from csd_protocol.status import Status
@@ -172,12 +173,12 @@ def _wrapped(wrap: Wrap) -> Iterator[None]:
     """The drive's FTL opens on decorated media."""
     plain = Ftl.open
 
-    def opened(directory: Path, config: DriveConfig, inner: Wrap | None = None) -> Ftl:
+    def opened(directory: Path, config: DriveConfig, inner: Wrap | None, begin: Begin) -> Ftl:
         def both(media: Media, superblocks: Superblocks) -> Media:
             below = wrap(media, superblocks)
             return inner(below, superblocks) if inner else below
 
-        return plain(directory, config, both)
+        return plain(directory, config, both, begin)
 
     with patch.object(drive_room.Ftl, "open", opened):
         yield

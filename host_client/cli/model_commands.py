@@ -14,7 +14,12 @@ from csd_protocol.opcodes import LogPage
 from csd_protocol.packed import COPIES_MAX, PackedModel
 from csd_protocol.units import format_size
 from host_client.calibrate.planting import load_router, plant
-from host_client.calibrate.preparation import CALIBRATION_TOKENS, calibrate, load_predictors
+from host_client.calibrate.preparation import (
+    CALIBRATION_TOKENS,
+    Loaded,
+    calibrate,
+    load_predictors,
+)
 from host_client.cli import reports
 from host_client.cli.console import TimeMode, err, open_drive, out, progress_bytes, progress_count
 from host_client.cli.log_commands import write_trace
@@ -169,6 +174,11 @@ def _prepare(drive: Drive, packed: PackedModel, source: Source, dram: str, token
         return
     with progress_count("building predictors, layers") as update:
         predictors = load_predictors(drive, packed, update)
+    print_loaded(predictors)
+
+
+def print_loaded(predictors: Loaded) -> None:
+    """Which predictors were loaded, and why others were not."""
     for reason in predictors.skipped:
         out.print(f"skipped {reason}", soft_wrap=True, markup=False)
     out.print(f"loaded predictors: {', '.join(predictors.kinds) or 'none'}")

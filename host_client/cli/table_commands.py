@@ -31,54 +31,57 @@ from host_client.runtime.cgroup import Cgroup, Hierarchy, NoCgroup
 from host_client.runtime.quality import Quality
 
 _ALL = ",".join(row.shape for row in ROWS)
+_Rows = Annotated[
+    str,
+    typer.Option(
+        metavar="SHAPE,...",
+        help="Which models: names as of pack --synthetic, or config.json files, which get 5/16 of "
+        "their weights as their budget.",
+    ),
+]
+_Active = Annotated[
+    float, typer.Option(help="Share of the FFN neurons that a token keeps.", min=1e-6, max=0.99)
+]
+_Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Run each row: packed as a synthetic model onto a drive of its own, generated from in "
+        "a process that the kernel holds to the budget and the stated allowance.",
+    ),
+]
+_Exact = Annotated[bool, typer.Option("--exact", help="Measure at exact quality as well.")]
+_Media = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep the rows' drives in this folder, and use what is there. Default: a folder that "
+        "is removed."
+    ),
+]
+_Preset = Annotated[str, typer.Option(help="Which drive, as csd-device drives lists them.")]
+_Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What this machine may give a run; rows that take more run at a smaller budget. "
+        "Default: what is free, less what the drive may still take.",
+    ),
+]
 
 
 def table(
-    rows: Annotated[
-        str,
-        typer.Option(
-            metavar="SHAPE,...",
-            help="Which models: names as of pack --synthetic, or config.json files, which get "
-            "5/16 of their weights as their budget.",
-        ),
-    ] = _ALL,
+    rows: _Rows = _ALL,
     bits: Annotated[UnitBits, typer.Option(help="Of a unit's values.")] = UnitBits.SIXTEEN,
-    active: Annotated[
-        float, typer.Option(help="Share of the FFN neurons that a token keeps.", min=1e-6, max=0.99)
-    ] = 0.1,
+    active: _Active = 0.1,
     prompt_tokens: Annotated[int, typer.Option(help="Random ones.", min=1)] = 8,
     tokens: Annotated[int, typer.Option(help="How many are generated.", min=2)] = 8,
     host_rate: HostRate = None,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure",
-            help="Run each row: packed as a synthetic model onto a drive of its own, generated "
-            "from in a process that the kernel holds to the budget and the stated allowance.",
-        ),
-    ] = False,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Measure each row at exact quality as well.")
-    ] = False,
-    media: Annotated[
-        Path | None,
-        typer.Option(
-            help="Keep the rows' drives in this folder, and use what is there. Default: a folder "
-            "that is removed.",
-        ),
-    ] = None,
-    preset: Annotated[str, typer.Option(help="Which drive, as csd-device drives lists them.")] = (
-        "edge-gen5-large"
-    ),
+    measure: _Measure = False,
+    exact: _Exact = False,
+    media: _Media = None,
+    preset: _Preset = "edge-gen5-large",
     time: Time = TimeMode.VIRTUAL,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="What this machine may give a run; rows that take more run at a smaller budget. "
-            "Default: what is free, less what the drive may still take.",
-        ),
-    ] = None,
+    memory: _Memory = None,
     plot: Plot = None,
     to: To = None,
     markdown: Markdown = False,
@@ -89,26 +92,23 @@ def table(
     Without --measure, what the plan says of each model, from its config alone.
     """
     check_outputs(plot, to)
+    course = Course(
+        preset=preset,
+        time=time,
+        bits=bits.number,
+        active=active,
+        qualities=[*([Quality()] if exact else []), Quality.parse(active)],
+        prompt_tokens=prompt_tokens,
+        new_tokens=tokens,
+        enforced=measure and _can_enforce(),
+        memory_bytes=_memory_bytes(memory),
+    )
     host_bytes_per_s = parse_host_rate(host_rate)
     modelled = [
         model_row(row, bits.number, active, prompt_tokens + tokens, host_bytes_per_s)
         for row in rows_of(rows.split(","))
     ]
-    runs: list[list[Measured]] = [[] for _ in modelled]
-    if measure:
-        course = Course(
-            preset=preset,
-            time=time,
-            bits=bits.number,
-            active=active,
-            qualities=[*([Quality()] if exact else []), Quality.parse(active)],
-            prompt_tokens=prompt_tokens,
-            new_tokens=tokens,
-            enforced=_can_enforce(),
-            memory_bytes=_memory_bytes(memory),
-        )
-        with _folder(media) as folder:
-            runs = [run_row(row, course, folder) for row in modelled]
+    runs = _measured(modelled, course, media) if measure else [[] for _ in modelled]
     told = [
         planned_object(row, bits.number, host_bytes_per_s)
         | {"measured": [run.model_dump() for run in of_row]}
@@ -124,6 +124,11 @@ def table(
         _print(modelled, runs, active, markdown)
     if any(run.failure for of_row in runs for run in of_row):
         raise typer.Exit(EXIT_REQUEST)
+
+
+def _measured(modelled: list[Modelled], course: Course, media: Path | None) -> list[list[Measured]]:
+    with _folder(media) as folder:
+        return [run_row(row, course, folder) for row in modelled]
 
 
 def _print(

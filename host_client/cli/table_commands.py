@@ -106,7 +106,7 @@ def table(
     host_bytes_per_s = parse_host_rate(host_rate)
     modelled = [
         model_row(row, bits.number, active, prompt_tokens + tokens, host_bytes_per_s)
-        for row in rows_of(rows.split(","))
+        for row in rows_of([shape.strip() for shape in rows.split(",")])
     ]
     runs = _measured(modelled, course, media) if measure else [[] for _ in modelled]
     told = [

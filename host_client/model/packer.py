@@ -120,7 +120,7 @@ def pack(
 
 
 def manifest_of(checkpoint: Checkpoint, name: str, bits: Bits = 16) -> PackedModel:
-    """The manifest that `pack` would write on an empty drive; nothing is read or written.
+    """What `pack` would write, of an extent that starts at 0; no drive is needed for it.
 
     Raises a ModelError as `pack` does for what does not pack.
     """

@@ -51,6 +51,12 @@ def plant(drive: Drive, packed: PackedModel, active: float, seed: int) -> Packed
     return packed
 
 
+def is_planted(drive: Drive, packed: PackedModel) -> bool:
+    """Whether `plant` was done with this model; its program is loaded last."""
+    programs = ((entry["model"], entry["kind"]) for entry in drive.programs())
+    return (packed.name, ProgramKind.PLANTED) in programs
+
+
 def load_router(drive: Drive, packed: PackedModel) -> None:
     """A mixture's own router as its gate: there the weights are all that there is to know."""
     gate = build_gate(drive, packed, lambda done, total: None)

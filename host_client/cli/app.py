@@ -13,7 +13,7 @@ from typing import ClassVar, NoReturn
 import typer
 from rich.markup import escape
 
-from host_client.cli.console import EXIT_DAMAGED, err
+from host_client.cli.console import EXIT_DAMAGED, EXIT_REQUEST, err
 from host_client.cli.on_demand import Entry, Launcher, OnDemandGroup
 from host_client.driver import DriveError
 from host_client.io import ReaderError
@@ -23,7 +23,7 @@ from host_client.runtime.checksums import UnitCorrupt
 from host_client.runtime.copies import UnitsLost
 from host_client.runtime.refusals import RequestRefused
 
-EXIT_DONE, EXIT_FILE, EXIT_MODEL, EXIT_DRIVE, EXIT_REQUEST, EXIT_INTERRUPTED = 0, 1, 3, 4, 5, 130
+EXIT_DONE, EXIT_FILE, EXIT_MODEL, EXIT_DRIVE, EXIT_INTERRUPTED = 0, 1, 3, 4, 130
 
 _CLI = "host_client.cli"
 _GENERATE = "Generate text, the weights staged by the drive as they are needed."
@@ -42,6 +42,11 @@ class Commands(OnDemandGroup):
             f"{_CLI}.catalog_commands",
             "plan",
             "Print what would be resident and staged within a budget, and a token's time.",
+        ),
+        "table": Entry(
+            f"{_CLI}.table_commands",
+            "table",
+            "The headline table: models of full size within a fraction of their memory.",
         ),
         "generate": Entry(
             f"{_CLI}.model_commands",

@@ -12,7 +12,7 @@ import typer
 
 from host_client.calibrate.dense_model import DenseModel
 from host_client.calibrate.outcome import QualityReport
-from host_client.calibrate.plot import check_plot, write_plot
+from host_client.calibrate.plot import write_plot
 from host_client.calibrate.provenance import provenance_of
 from host_client.calibrate.sweep import DEFAULT_SETTINGS, GRAMMAR, Asked, parse, prepare, sweep
 from host_client.calibrate.text import (
@@ -24,6 +24,7 @@ from host_client.calibrate.through_drive import check_askable, measure_through_d
 from host_client.cli.console import TimeMode, open_drive, out, progress_count
 from host_client.cli.model_commands import load_tokenizer
 from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
+from host_client.cli.outputs import Markdown, Plot, To, check_outputs
 from host_client.cli.quality_tables import quality_markdown, quality_table
 from host_client.model.formats import open_checkpoint
 from host_client.model.source import Source, resolve_source
@@ -90,18 +91,16 @@ def quality(
     dram: Dram = "45%",
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
-    plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,
-    to: Annotated[Path | None, typer.Option(help="Write the JSON object here.")] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table as Markdown.")
-    ] = False,
+    plot: Plot = None,
+    to: To = None,
+    markdown: Markdown = False,
     as_json: Json = False,
 ) -> None:
     """What leaving FFN units out costs: perplexity, greedy tokens, KL, recall, staged bytes.
 
     On held-out text, layer by layer in this process, or with --through-drive as it is used.
     """
-    _check_outputs(plot, to)
+    check_outputs(plot, to)
     source = resolve_source(model)
     asked = _asked(settings or (_DRIVE_SETTINGS if through_drive else DEFAULT_SETTINGS))
     tokens = tokens or (_DRIVE_TOKENS if through_drive else _LAB_TOKENS)
@@ -132,19 +131,6 @@ def _print(
         typer.echo(quality_markdown(report))
     else:
         out.print(quality_table(model, report))
-
-
-def _check_outputs(plot: Path | None, to: Path | None) -> None:
-    """Before minutes of work, not behind them."""
-    for path, option in ((plot, "--plot"), (to, "--to")):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
-    if plot is None:
-        return
-    try:
-        check_plot()
-    except ModuleNotFoundError as error:
-        raise typer.BadParameter(str(error), param_hint="--plot") from None
 
 
 def _asked(settings: Sequence[str]) -> list[Asked]:

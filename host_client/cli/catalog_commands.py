@@ -33,6 +33,14 @@ from host_client.runtime.token_time import (
     volumes_of,
 )
 
+HostRate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Bytes a second that the host computes with, like 40GB. Default: measured here.",
+    ),
+]
+
 
 def models(drive: DriveAddress = None, time: Time = TimeMode.VIRTUAL) -> None:
     """List the models on the drive."""
@@ -66,20 +74,14 @@ def plan(
     lookahead: Annotated[
         int, typer.Option(help="Layers ahead that a kept fraction is predicted.", min=0, max=8)
     ] = 1,
-    host_rate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Bytes a second that the host computes with, like 40GB. Default: measured here.",
-        ),
-    ] = None,
+    host_rate: HostRate = None,
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
     as_json: Json = False,
 ) -> None:
     """Print what would be resident and staged within a budget, and a token's time."""
     kept = Quality.parse(quality)
-    host_bytes_per_s = _host_rate(host_rate)
+    host_bytes_per_s = parse_host_rate(host_rate)
     with open_drive(drive, time) as opened:
         _, packed = open_model(opened, name_on_drive(model))
         frequencies = read_frequencies(opened, packed)
@@ -100,7 +102,8 @@ def plan(
         out.print(verdict, soft_wrap=True, markup=False)
 
 
-def _host_rate(text: str | None) -> float:
+def parse_host_rate(text: str | None) -> float:
+    """Bytes a second; None: measured here. Raises BadParameter."""
     if text is None:
         return measure_host_rate()
     try:

@@ -21,7 +21,9 @@ from csd_protocol.address import parse_address
 from host_client.driver import Drive
 
 DRIVE_VARIABLE = "CSD_DRIVE"
+EXIT_REQUEST = 5  # a request that cannot be met
 EXIT_DAMAGED = 6  # a model on the drive has damaged units
+CSD = ("-c", "from host_client.cli.app import main; main()")  # to the interpreter: `csd`
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -12,12 +12,10 @@ import sys
 import typer
 
 from csd_protocol.units import format_size
-from host_client.cli.console import TimeMode, open_drive
+from host_client.cli.console import CSD, TimeMode, open_drive
 from host_client.cli.options import DriveAddress, Time
 from host_client.runtime.cgroup import VARIABLE, Cgroup, Hierarchy
 from host_client.runtime.refusals import RequestRefused
-
-_CSD = ["-c", "from host_client.cli.app import main; main()"]
 
 app = typer.Typer(add_completion=False)
 
@@ -32,7 +30,7 @@ def generate(
 ) -> None:
     """Generate text, the weights staged by the drive as they are needed."""
     with open_drive(drive, time) as opened, Cgroup.made(Hierarchy.find()) as group:
-        words = [*_CSD, "generate", *context.args, "--drive", opened.address]
+        words = [*CSD, "generate", *context.args, "--drive", opened.address]
         status = subprocess.run(
             group.command([sys.executable, *words]),
             env=os.environ | {VARIABLE: str(group.folder)},

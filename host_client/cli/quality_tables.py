@@ -4,6 +4,7 @@ from rich.table import Table
 
 from csd_protocol.units import format_size
 from host_client.calibrate.outcome import Outcome, QualityReport
+from host_client.cli.outputs import markdown_table
 
 _COLUMNS = (
     *("setting", "perplexity", "against dense", "same token", "KL, nats"),
@@ -20,9 +21,8 @@ def quality_table(model: str, report: QualityReport) -> Table:
 
 def quality_markdown(report: QualityReport) -> str:
     """The same as a Markdown table below its heading line."""
-    rows = [_COLUMNS, ["---"] * len(_COLUMNS), *map(_cells, report.outcomes)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([_heading(report) + ":", "", *lines])
+    table = markdown_table(_COLUMNS, map(_cells, report.outcomes))
+    return f"{_heading(report)}:\n\n{table}"
 
 
 def _heading(report: QualityReport) -> str:

@@ -119,6 +119,15 @@ def pack(
     return _finish(job)
 
 
+def manifest_of(checkpoint: Checkpoint, name: str, bits: Bits = 16) -> PackedModel:
+    """What `pack` would write, of an extent that starts at 0; no drive is needed for it.
+
+    Raises a ModelError as `pack` does for what does not pack.
+    """
+    shapes = at_bits(family_sites(checkpoint), bits, checkpoint)
+    return place(_draft(checkpoint, name, checkpoint.dtype, bits, 1), shapes, 0).model
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One model being packed. order: of a placed one by site, the unit in each slot."""

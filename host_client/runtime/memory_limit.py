@@ -1,5 +1,6 @@
 """The budget as a limit that the kernel keeps: what it comes to, and what was measured under it."""
 
+from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel
@@ -43,3 +44,11 @@ class MemoryLimit:
             start_bytes=self._start_bytes,
             peak_bytes=self._group.peak_bytes,
         )
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """What the kernel could give to processes now, without swapping (MemAvailable)."""
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{meminfo} has no MemAvailable line")

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import config, njit, prange, types
 from numba.extending import intrinsic
 
 F32 = npt.NDArray[np.float32]
@@ -36,6 +36,7 @@ LANES_MAX = 16
 LANE_BYTES = 4 << 20  # below this a second thread costs the drive and the reader more than it gives
 TILE_BYTES = 2 << 20  # float32 scratch of the wide path
 
+config.THREADING_LAYER = "workqueue"  # OpenMP's threads spin where these sleep, and cores are few
 _FAST = {"reassoc", "contract", "nsz", "arcp"}  # vectorise sums, but keep NaN and infinity
 _parallel_region = threading.Lock()  # numba's work queue takes one parallel call at a time
 

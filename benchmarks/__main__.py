@@ -22,6 +22,7 @@ BENCHMARKS = (
     "made_reads",
     "recovery",
     "program_rows",
+    "unit_rows",
     "stage_latency",
     "generate",
     "expert_recall",

@@ -7,13 +7,12 @@ its rows (products, as when units are scored), or all of its rows are added up, 
 
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.ratio import Ratio
-from benchmarks.stopwatch import seconds_of
+from benchmarks.stopwatch import medians_of
 from csd_device.compute.half_rows import half_dot
 from csd_device.compute.low_bit_rows import Activations, PackedRows, add_rows, rows_dot
 from csd_protocol.low_bit import LEVEL_BITS, quantise_rows
@@ -53,9 +52,7 @@ def _products(rows: PackedRows, inputs: F32) -> F32:
 def _compare(
     name: str, rows: int, ours: Callable[[], object], reference: Callable[[], object], rounds: int
 ) -> Ratio:
-    """Medians of rounds; a first one does not count."""
-    pairs = [(seconds_of(ours), seconds_of(reference)) for _ in range(1 + rounds)][1:]
-    ours_s, reference_s = (median(column) for column in zip(*pairs, strict=True))
+    ours_s, reference_s = medians_of(ours, reference, rounds)
     return Ratio(
         name=name,
         ours=rows / ours_s,

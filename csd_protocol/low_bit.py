@@ -54,11 +54,17 @@ def quantise_rows(values: F32, bits: int, group: int) -> tuple[U8, F16]:
     one more; of several clippings the one with the least squared error is taken.
     Raises ValueError for a layout that `check_layout` refuses and for values that are not finite.
     """
+    levels, scales = round_rows(values, bits, group)
+    return pack_levels(levels, bits), scales
+
+
+def round_rows(values: F32, bits: int, group: int) -> tuple[U8, F16]:
+    """As `quantise_rows`, but for the levels, which are a byte each: uint8 [rows, hidden]."""
     rows = np.ascontiguousarray(values, np.float32)
     scales = fit_scales(rows, bits, group)
     levels = np.empty(rows.shape, np.uint8)
     _round_levels(rows, scales.astype(np.float32), np.int64(group), np.int64(bits), levels)
-    return pack_levels(levels, bits), scales
+    return levels, scales
 
 
 def fit_scales(values: F32, bits: int, group: int) -> F16:

@@ -14,9 +14,9 @@
 
 A *site* is an array of units of one kind, one layer and one size, so the place of a unit is
 `offset_bytes + index * unit_bytes`; in the FFNs of a *placed* model, `offset_bytes + slot[index] *
-unit_bytes` (`csd_protocol.unit_table`). Units hold 16-bit values, row after row. A model packed in
-several copies has all of its sites, and the CRC table, once more at each multiple of
-`copy_stride_bytes`. `docs/FORMAT.md` has the bytes.
+unit_bytes` (`csd_protocol.unit_table`). Units hold 16-bit values, row after row, or rows of 8- or
+4-bit levels (`low_bit_units`). A model packed in several copies has all of its sites, and the CRC
+table, once more at each multiple of `copy_stride_bytes`. `docs/FORMAT.md` has the bytes.
 """
 
 import struct
@@ -27,12 +27,12 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from csd_protocol.crc32c import crc32c
+from csd_protocol.low_bit_units import GROUP, low_bit_row_bytes
 
 FORMAT_VERSION: Final = 1
 COPIES_VERSION: Final = 2  # of a manifest with more than one copy
-EXTENDED_VERSION: Final = 3  # of a manifest with fields that came later; see `PackedModel.extended`
-CALIBRATED_VERSION: Final = 4  # of a manifest of a model that was calibrated or placed
-NEWEST_VERSION: Final = CALIBRATED_VERSION
+EXTENDED_VERSION: Final = 3  # of the manifest of a mixture
+NEWEST_VERSION: Final = 4  # of a manifest with a calibration, a placement or units of 8 or 4 bits
 COPIES_MAX = 4
 BLOCK_BYTES = 4096
 DIRECTORY_SLOT_BYTES = 512 * 1024
@@ -68,6 +68,7 @@ class Role(StrEnum):
 
 
 Version = Literal[1, 2, 3, 4]
+Bits = Literal[16, 8, 4]
 Count = Annotated[int, Field(gt=0)]
 Offset = Annotated[int, Field(ge=0)]
 
@@ -92,7 +93,7 @@ class Part(_Record):
 
 
 class Site(_Record):
-    """An array of `count` units of `rows` x `cols` 16-bit values each."""
+    """An array of `count` units of `rows` x `cols` values each."""
 
     site: Offset  # its index in PackedModel.sites
     role: Role
@@ -105,6 +106,7 @@ class Site(_Record):
     first_crc: Offset  # index of unit 0 in the CRC table
     parts: tuple[Part, ...] = ()
     expert: int = -1  # of a mixture's layer, whose FFN this is; -1: no expert's
+    bits: Bits = 16  # of each value; below 16: rows as in `low_bit_units`
 
     @property
     def values(self) -> int:
@@ -112,8 +114,12 @@ class Site(_Record):
         return self.rows * self.cols
 
     @property
+    def row_bytes(self) -> int:
+        return row_bytes(self.cols, self.bits)
+
+    @property
     def unit_bytes(self) -> int:
-        return self.values * VALUE_BYTES
+        return self.rows * self.row_bytes
 
     @property
     def length_bytes(self) -> int:
@@ -176,14 +182,22 @@ class PackedModel(_Record):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the manifest says what only CALIBRATED_VERSION can say."""
+        """Whether the manifest has a calibration, or a placement."""
         return self.placed or self.calibration is not None
+
+    @property
+    def oldest_version(self) -> Version:
+        """The oldest format version that can say what the manifest says."""
+        if self.calibrated or self.low_bit:
+            return NEWEST_VERSION
+        if self.extended:
+            return EXTENDED_VERSION
+        return FORMAT_VERSION if self.copies == 1 else COPIES_VERSION
 
     @property
     def in_oldest_version(self) -> "PackedModel":
         """The same, as a manifest of the oldest version that can say it."""
-        version = manifest_version(self.copies, self.extended, self.calibrated)
-        return self.model_copy(update={"format_version": version})
+        return self.model_copy(update={"format_version": self.oldest_version})
 
     @property
     def slot_count(self) -> int:
@@ -199,9 +213,19 @@ class PackedModel(_Record):
         return sum(site.count for site in self.sites)
 
     @property
+    def low_bit(self) -> bool:
+        """Whether any of its units has fewer than 16 bits a value."""
+        return any(site.bits < 16 for site in self.sites)
+
+    @property
     def weights_bytes(self) -> int:
-        """Bytes of all units: the model's weights at 16 bits, once."""
+        """Bytes of all units, once."""
         return sum(site.length_bytes for site in self.sites)
+
+    @property
+    def weights_bytes_16bit(self) -> int:
+        """What all units would take at 16 bits a value: what shares of a model are shares of."""
+        return sum(site.count * site.values * VALUE_BYTES for site in self.sites)
 
     def place_of(self, site: Site, copy: int = 0) -> int:
         """Where unit 0 of a site lies in one of the copies, in bytes of the namespace."""
@@ -308,8 +332,11 @@ def encode_manifest(model: PackedModel) -> bytes:
     unsaid: dict[str, Any] = {}
     if model.copies == 1:
         unsaid |= {"copies": True, "copy_stride_bytes": True}
-    if not model.extended:
-        unsaid |= {"sites": {"__all__": {"expert"}}}
+    unsaid_of_sites = set() if model.extended else {"expert"}
+    if not model.low_bit:
+        unsaid_of_sites.add("bits")
+    if unsaid_of_sites:
+        unsaid |= {"sites": {"__all__": unsaid_of_sites}}
     if not model.calibrated:
         unsaid |= {"calibration": True, "placed": True}
     return _seal(model.model_dump_json(exclude=unsaid).encode(), 0, model.format_version)
@@ -336,6 +363,11 @@ def _check_sites(model: PackedModel) -> None:
             raise FormatError(f"manifest of {model.name}: site {site.name} is not on a block")
         if site.parts and site.values != sum(prod(part.shape) for part in site.parts):
             raise FormatError(f"manifest of {model.name}: parts of {site.name} do not fill it")
+        if site.bits < 16 and site.cols % GROUP:
+            raise FormatError(
+                f"manifest of {model.name}: rows of {site.cols} values of {site.name} are not "
+                f"whole groups of {GROUP}"
+            )
         first_crc += site.count
     if model.crc_table.length_bytes != 4 * (first_crc + model.slot_count):
         raise FormatError(f"manifest of {model.name}: CRC table does not cover its units")
@@ -343,7 +375,7 @@ def _check_sites(model: PackedModel) -> None:
 
 def _check_copies(model: PackedModel, version: int) -> None:
     said = f"manifest of {model.name}: {model.copies} copies"
-    if not version == model.format_version == model.in_oldest_version.format_version:
+    if not version == model.format_version == model.oldest_version:
         raise FormatError(f"{said} do not go with format version {version}")
     begin = model.crc_table.offset_bytes
     end = max((site.offset_bytes + site.length_bytes for site in model.sites), default=begin)
@@ -351,15 +383,6 @@ def _check_copies(model: PackedModel, version: int) -> None:
         model.copy_stride_bytes % BLOCK_BYTES or model.copy_stride_bytes < end - begin
     ):
         raise FormatError(f"{said}, {model.copy_stride_bytes} bytes apart, lie over each other")
-
-
-def manifest_version(copies: int, extended: bool = False, calibrated: bool = False) -> Version:
-    """The oldest format version that such a manifest can be written in."""
-    if calibrated:
-        return CALIBRATED_VERSION
-    if extended:
-        return EXTENDED_VERSION
-    return FORMAT_VERSION if copies == 1 else COPIES_VERSION
 
 
 def encode_progress(progress: Progress) -> bytes:
@@ -373,6 +396,11 @@ def decode_progress(data: bytes) -> Progress | None:
         return Progress.model_validate_json(_unseal(data, "progress")[1])
     except (FormatError, ValidationError):
         return None
+
+
+def row_bytes(cols: int, bits: Bits) -> int:
+    """Bytes of one row of a unit."""
+    return cols * VALUE_BYTES if bits == 16 else low_bit_row_bytes(cols, bits)
 
 
 def align_up(value: int, alignment: int) -> int:

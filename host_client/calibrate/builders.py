@@ -1,7 +1,7 @@
-"""Program files fitted to a packed model: one function a kind, each a closed form.
+"""Program files fitted to a model: one function a kind.
 
-What needs text walks it once through the model that lies on the drive (`calibration.walk`); nothing
-is trained by gradient steps.
+What needs text walks it once through the model, layer by layer. `lowrank`, `mlp` and `farsight` are
+trained by gradient from a closed form on; the others are closed forms.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csd_protocol.packed import PackedModel, Role
+from csd_protocol.packed import Role
 from csd_protocol.program_file import (
     AttentionShape,
+    ProgramKind,
     RolloutLayer,
     SvdLayer,
     TwoLayers,
@@ -26,20 +27,22 @@ from csd_protocol.program_file import (
     encode_svd,
     encode_window,
 )
-from host_client.calibrate.calibration import LayerStatistics, ridge, walk
-from host_client.calibrate.choosers import unit_scores
+from host_client.calibrate import farsight_fit, two_layers
+from host_client.calibrate.calibration import LayerStatistics, walk
 from host_client.calibrate.dense_model import DecoderLayer, DenseModel
-from host_client.calibrate.lab import WANTED_SHARE
+from host_client.calibrate.farsight_fit import SightText, fit_farsight, width_for
+from host_client.calibrate.labels import Labels, LayerLabels, SoftLabels, label_layers
 from host_client.calibrate.low_bit_layers import group_of, round_layer
-from host_client.calibrate.packed_checkpoint import PackedCheckpoint
-from host_client.calibrate.selection import top
-from host_client.driver import Drive
+from host_client.calibrate.two_layers import Rows, fit_two_layers
 from host_client.model.errors import UnsupportedModel
 
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
 WINDOW_TOKENS, WINDOW_DECAY = 5, 0.8
+
+# A layer's number, states [windows, tokens, hidden], the program's RMSNorm weight, and labels.
+_Examples = tuple[int, torch.Tensor, torch.Tensor, Labels | SoftLabels]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +53,18 @@ class Recipe:
     rank: int = 64
     lookahead: int = 1
     context: int = 2048
+    size: float | None = None  # of a farsight: its share of the model's parameters
+    epochs: int | None = None  # of gradient training; None: as many as the kind needs
     windows: torch.Tensor | None = None  # int64 [windows, tokens] of calibration text
     role: Role = Role.FFN  # whose units are scored; heads: by frequency, lowrank and mlp
 
 
 class Builder:
-    """Builds programs for one packed model."""
+    """Builds programs for one model. `name`: of the packed model that will run them."""
 
-    def __init__(
-        self, drive: Drive, packed: PackedModel, recipe: Recipe, progress: Progress
-    ) -> None:
-        self._name, self._recipe, self._progress = packed.name, recipe, progress
-        self._model = DenseModel(PackedCheckpoint(drive, packed))
+    def __init__(self, name: str, model: DenseModel, recipe: Recipe, progress: Progress) -> None:
+        self._name, self._model = name, model
+        self._recipe, self._progress = recipe, progress
 
     def shadow(self) -> bytes:
         """Low-bit gate, up and down rows; with text, rounded to fit it."""
@@ -119,35 +122,35 @@ class Builder:
         return encode_frequency(self._name, means, role=Role.HEADS)
 
     def lowrank(self) -> bytes:
-        """Two linear layers: the ridge regression of the labels, cut to the rank."""
-        layers = {}
-        for found in self._walk(self._recipe.lookahead):
-            norm, x, labels = self._labels(found)
-            mean = labels.mean(0)
-            outer, inner = _cut(ridge(x, labels - mean).t(), self._recipe.rank)
-            layers[found.layer.number] = _two_layers(norm, inner, outer, mean)
+        """Two linear layers, each layer's states to what it wants."""
+        layers = self._two_layers(ProgramKind.LOWRANK)
         eps, role = self._model.rms_eps, self._recipe.role
         return encode_lowrank(self._name, layers, rms_eps=eps, role=role)
 
     def mlp(self) -> bytes:
-        """ReLU features of random directions, and the ridge regression of the labels."""
-        layers = {}
-        dice = torch.Generator().manual_seed(0)
-        for found in self._walk(self._recipe.lookahead):
-            norm, x, labels = self._labels(found)
-            mean = labels.mean(0)
-            inner = torch.randn(self._recipe.rank, x.shape[1], generator=dice)
-            inner /= x.pow(2).sum(1).mean().sqrt()
-            outer = ridge((x @ inner.t()).relu(), labels - mean).t()
-            layers[found.layer.number] = _two_layers(norm, inner.numpy(), outer, mean)
+        """The same with a ReLU between them."""
+        layers = self._two_layers(ProgramKind.MLP)
         eps, role = self._model.rms_eps, self._recipe.role
         return encode_mlp(self._name, layers, rms_eps=eps, role=role)
 
+    def farsight(self) -> bytes:
+        """A small transformer over embeddings.
+
+        Raises RequestRefused for a share of the model's parameters, or a text, that is too small.
+        """
+        assert self._recipe.windows is not None, "this kind is fitted to text"
+        shape = self._model.shape
+        outputs = shape.layers * shape.ffn
+        width = width_for(self._model.parameters, self._recipe.size, shape.hidden, outputs)
+        wanted = [found.wanted for found in self._labelled()]
+        text = SightText(self._model.embed(self._recipe.windows), wanted)
+        epochs = self._epochs(farsight_fit.EPOCHS_DEFAULT)
+        sight = fit_farsight(text, width, self._model.rms_eps, epochs, self._progress)
+        return sight.encode(self._name)
+
     def window(self) -> bytes:
         """The units of the last tokens; ties are broken by how often each is wanted at all."""
-        assert self._recipe.windows is not None
-        tokens = self._recipe.windows.numel()
-        shares = {found.layer.number: found.counts / tokens for found in self._walk()}
+        shares = {found.layer.number: found.wanted.shares() for found in self._labelled()}
         return encode_window(self._name, shares, tokens=WINDOW_TOKENS, decay=WINDOW_DECAY)
 
     @property
@@ -160,9 +163,35 @@ class Builder:
             yield self._model.layer(number)
             self._progress(number + 1, self._model.shape.layers)
 
+    def _labelled(self, *lookaheads: int) -> Iterator[LayerLabels]:
+        assert self._recipe.windows is not None, "this kind is fitted to text"
+        return label_layers(self._model, self._recipe.windows, lookaheads, self._progress)
+
     def _walk(self, *lookaheads: int) -> Iterator[LayerStatistics]:
         assert self._recipe.windows is not None, "this kind is fitted to text"
         return walk(self._model, self._recipe.windows, lookaheads, self._progress)
+
+    def _two_layers(self, kind: ProgramKind) -> dict[int, TwoLayers]:
+        recipe = self._recipe
+        epochs = self._epochs(two_layers.EPOCHS_DEFAULT)
+        layers = {}
+        for number, state, norm, wanted in self._examples(recipe.lookahead):
+            rows = Rows(self._model.normed(state, norm).flatten(0, 1), wanted)
+            layers[number] = fit_two_layers(kind, rows, norm, recipe.rank, epochs)
+        return layers
+
+    def _examples(self, lookahead: int) -> Iterator[_Examples]:
+        if self._recipe.role is Role.HEADS:
+            for passed in self._walk(lookahead):
+                soft, layer = SoftLabels.of(passed.head_norms), passed.layer
+                yield layer.number, passed.seen[lookahead], layer.attn_norm, soft
+        else:
+            for found in self._labelled(lookahead):
+                layer = found.layer
+                yield layer.number, found.seen[lookahead], layer.norm, found.wanted
+
+    def _epochs(self, default: int) -> int:
+        return default if self._recipe.epochs is None else self._recipe.epochs
 
     def _rounded(self) -> Iterator[tuple[int, RolloutLayer]]:
         bits, group = self._recipe.bits, self._group
@@ -172,28 +201,6 @@ class Builder:
         else:
             for found in self._walk():
                 yield found.layer.number, round_layer(found.layer, bits, group, found.moments)
-
-    def _labels(self, found: LayerStatistics) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The program's RMSNorm weight, inputs [n, hidden] behind it, and labels [n, units].
-
-        Labels are the wanted units; of KV groups, the norms of what they add.
-        """
-        if self._recipe.role is Role.HEADS:
-            norm, labels = found.layer.attn_norm, found.head_norms.flatten(0, 1)
-        else:
-            scores = unit_scores(self._model, found.layer, found.attended).flatten(0, 1)
-            wanted = top(scores, max(1, round(WANTED_SHARE * scores.shape[1])))
-            norm, labels = found.layer.norm, wanted.float()
-        x = self._model.normed(found.seen[self._recipe.lookahead], norm)
-        return norm, x.flatten(0, 1), labels
-
-
-def _two_layers(
-    norm: torch.Tensor, inner: F32, outer: torch.Tensor | F32, bias: torch.Tensor
-) -> TwoLayers:
-    return TwoLayers(
-        norm=norm.numpy(), inner=inner, outer=np.asarray(outer), outer_bias=bias.numpy()
-    )
 
 
 def _cut(matrix: torch.Tensor, rank: int) -> tuple[F32, F32]:

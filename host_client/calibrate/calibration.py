@@ -51,13 +51,13 @@ def walk(
 
     `lookaheads`: how early hidden states are wanted in `seen`; see `choosers`.
     """
-    with torch.inference_mode():
+    with torch.no_grad():
         hidden = model.embed(windows)
         known: deque[torch.Tensor] = deque(maxlen=max([1, *lookaheads]))
         for number in range(model.shape.layers):
             layer = model.layer(number)
             passed = _pass(model, layer.cast(model.dtype), hidden)
-            seen = {ahead: _seen(known, hidden, ahead) for ahead in lookaheads}
+            seen = {ahead: seen_state(known, hidden, ahead) for ahead in lookaheads}
             yield LayerStatistics(
                 layer=layer,
                 moments=passed.moments,
@@ -146,7 +146,7 @@ def _add_moments(total: torch.Tensor, rows: torch.Tensor) -> None:
     total.addmm_(flat.t(), flat)
 
 
-def _seen(known: deque[torch.Tensor], hidden: torch.Tensor, lookahead: int) -> torch.Tensor:
+def seen_state(known: deque[torch.Tensor], hidden: torch.Tensor, lookahead: int) -> torch.Tensor:
     """The state that a lookahead may see: see `choosers`."""
     return known[-min(lookahead, len(known))] if lookahead and known else hidden
 

@@ -5,6 +5,7 @@ one go, so thousands of tokens are measured in minutes. Layers are read from the
 they are asked for, so memory holds a few of them whatever the size of the model.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -92,6 +93,12 @@ class DenseModel:
         self._head = head
 
     @property
+    def parameters(self) -> int:
+        """Of the whole checkpoint."""
+        checkpoint = self._checkpoint
+        return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+
+    @property
     def rope_theta(self) -> float:
         return float(self._config.rope_parameters["rope_theta"])
 
@@ -135,8 +142,7 @@ class DenseModel:
 
     def normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm over the last dimension."""
-        mean = hidden.pow(2).mean(-1, keepdim=True)
-        return hidden * torch.rsqrt(mean + self.rms_eps) * weight
+        return rms_norm(hidden, weight, self.rms_eps)
 
     def ffn_input(self, layer: DecoderLayer, attended: torch.Tensor) -> torch.Tensor:
         """The hidden state behind attention, as the FFN sees it."""
@@ -178,7 +184,7 @@ class DenseModel:
         """
         cosines, sines = self._rotation(hidden.shape[1])
         x = self.normed(hidden, layer.attn_norm)
-        queries = _rotated(self._by_head(self._product(x, layer.q)), cosines, sines)
+        queries = rotated(self._by_head(self._product(x, layer.q)), cosines, sines)
         keys, values = self._keys_values(layer, x)
         if kept is None or kept is hidden:
             mixed = F.scaled_dot_product_attention(
@@ -194,7 +200,7 @@ class DenseModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated keys, and values, [windows, kv_heads, tokens, head_dim]."""
         keys, values = (self._by_head(self._product(x, rows)) for rows in (layer.k, layer.v))
-        return _rotated(keys, *self._rotation(x.shape[1])), values
+        return rotated(keys, *self._rotation(x.shape[1])), values
 
     def _rotation(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         embedding: Any = LlamaRotaryEmbedding(config=self._config)
@@ -218,7 +224,14 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, rms_eps: float) -> torch.Tensor:
+    """hidden [..., width] over its root mean square, times weight [width]."""
+    mean = hidden.pow(2).mean(-1, keepdim=True)
+    return hidden * torch.rsqrt(mean + rms_eps) * weight
+
+
+def rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [..., tokens, head_dim]: a head's halves against each other."""
     first, second = x.chunk(2, dim=-1)
     turned: torch.Tensor = x * cosines + torch.cat([-second, first], dim=-1) * sines
     return turned

@@ -9,17 +9,15 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from csd_protocol.packed import PackedModel, Site
+from host_client.calibrate.packed_units import widened
 from host_client.driver import Drive
 from host_client.model.checkpoint import Dtype
 from host_client.model.errors import MissingTensor
 from host_client.model.families import Piece, SiteShape, find_family
 from host_client.runtime.plain_reads import PlainReads
-
-U16 = npt.NDArray[np.uint16]
 
 _KEPT_MAX = 2  # what was read last: of heads, and of keys and values
 
@@ -52,7 +50,10 @@ class PackedCheckpoint:
         return self._find(name)[2].shape
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a tensor, in the 16-bit type that it was packed in. Raises UnitsLost."""
+        """Rows of a tensor: in the 16-bit type that it was packed in, float32 from fewer bits.
+
+        Raises UnitsLost.
+        """
         site, shape, piece = self._find(name)
         first_row = _rows_before(shape, piece)
         # A row of a piece lies in one unit; a column tensor's rows lie across all units.
@@ -63,8 +64,8 @@ class PackedCheckpoint:
             first, last = 0, 1
         units = self._units(site.site, first, last)
         stacked = units.reshape(last - first, shape.stack_rows, shape.width)
-        rows = stacked[:, first_row : first_row + piece.rows_per_unit].reshape(-1, shape.width)
-        values = torch.from_numpy(rows.view(np.int16).copy()).view(self._dtype)
+        rows = stacked[:, first_row : first_row + piece.rows_per_unit]
+        values = rows.reshape(-1, shape.width).clone()
         if len(piece.shape) == 1:
             return values.reshape(-1)[start:stop]
         if piece.columns:
@@ -72,8 +73,15 @@ class PackedCheckpoint:
         offset = first * piece.rows_per_unit
         return values[start - offset : stop - offset]
 
-    def _read_units(self, site: int, first: int, last: int) -> U16:
-        return self._reads.units(self._packed.sites[site], first, last)
+    def levels(self, name: str) -> None:
+        """No tensor is kept as levels."""
+
+    def _read_units(self, number: int, first: int, last: int) -> torch.Tensor:
+        site = self._packed.sites[number]
+        words = self._reads.units(site, first, last)
+        if site.bits == 16:
+            return torch.from_numpy(words.view(np.int16)).view(self._dtype)
+        return widened(self._packed, site, words)
 
     def digest(self) -> str:
         return self._packed.fingerprint

@@ -32,12 +32,16 @@ def load_predictor(drive: Drive, packed: PackedModel, kind: str, data: bytes) ->
 
     Returns its number.
     """
-    taken, like_it = set(), (kind, packed.name, role_of(data))
+    like_it = (kind, packed.name, role_of(data))
     for entry in drive.programs():
         if (entry["kind"], entry["model"], entry["role"]) == like_it:
             drive.unload_program(entry["program"])
-        else:
-            taken.add(entry["program"])
-    number = next(number for number in range(_PROGRAMS_MAX) if number not in taken)
+    number = free_program_number(drive)
     drive.load_program(number, data, activate=True)
     return number
+
+
+def free_program_number(drive: Drive) -> int:
+    """The lowest that nothing is loaded under."""
+    taken = {entry["program"] for entry in drive.programs()}
+    return next(number for number in range(_PROGRAMS_MAX) if number not in taken)

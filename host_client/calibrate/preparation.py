@@ -50,6 +50,7 @@ _NO_ROOM = (
 )
 
 Progress = Callable[[int, int], None]
+Maker = Callable[[Builder], bytes]
 
 
 def calibrate(
@@ -120,13 +121,15 @@ class Kind(StrEnum):
     SVD = "svd"
     LOWRANK = "lowrank"
     MLP = "mlp"
+    FARSIGHT = "farsight"
     WINDOW = "window"
     FREQUENCY = "frequency"
     ORACLE = "oracle"
     GATE = "gate"
 
     def needs_text(self, role: Role = Role.FFN) -> bool:
-        return self in (Kind.LOWRANK, Kind.MLP, Kind.WINDOW) or role is Role.HEADS
+        of_text = (Kind.LOWRANK, Kind.MLP, Kind.FARSIGHT, Kind.WINDOW)
+        return self in of_text or role is Role.HEADS
 
 
 def build_predictor(
@@ -139,35 +142,41 @@ def build_predictor(
     """A program file of this kind; without a recipe as `csd pack` loads it.
 
     Raises NoPredictor for `frequency` before calibration, UnsupportedModel for a model that the
-    kind has no place for, RequestRefused for a role that the kind does not have.
+    kind has no place for, RequestRefused for a role that the kind does not have and for a recipe
+    that leaves a farsight no room or no text.
     """
-    if recipe is not None and recipe.role is Role.HEADS:
-        return _build_for_heads(Builder(drive, packed, recipe, progress), kind)
+    recipe = recipe or Recipe()
+    if recipe.role is Role.HEADS:
+        return _built(drive, packed, _maker_for_heads(kind), recipe, progress)
     if kind == Kind.FREQUENCY:
         return _frequency(drive, packed)
     if kind == Kind.GATE:
         return build_gate(drive, packed, progress)
     if kind == Kind.SHADOW and not knows(packed.config):
-        return build_shadow(drive, packed, recipe or Recipe(), progress)
-    builder = Builder(drive, packed, recipe or Recipe(), progress)
-    with torch.inference_mode():
-        made: bytes = getattr(builder, Kind(kind).value)()
-    return made
+        return build_shadow(drive, packed, recipe, progress)
+    return _built(drive, packed, getattr(Builder, Kind(kind).value), recipe, progress)
 
 
-def _build_for_heads(builder: Builder, kind: str) -> bytes:
-    makers = {
-        Kind.FREQUENCY: builder.head_norms,
-        Kind.LOWRANK: builder.lowrank,
-        Kind.MLP: builder.mlp,
+def _built(
+    drive: Drive, packed: PackedModel, make: Maker, recipe: Recipe, progress: Progress
+) -> bytes:
+    model = DenseModel(PackedCheckpoint(drive, packed))
+    with torch.no_grad():
+        return make(Builder(packed.name, model, recipe, progress))
+
+
+def _maker_for_heads(kind: str) -> Maker:
+    makers: dict[str, Maker] = {
+        Kind.FREQUENCY: Builder.head_norms,
+        Kind.LOWRANK: Builder.lowrank,
+        Kind.MLP: Builder.mlp,
     }
     if kind not in makers:
         raise RequestRefused(
             f"a {kind} of role heads: KV groups are scored by {', '.join(makers)}, and by a "
             f"rollout without any role. Build one of those"
         )
-    with torch.inference_mode():
-        return makers[Kind(kind)]()
+    return makers[kind]
 
 
 def _frequency(drive: Drive, packed: PackedModel) -> bytes:
@@ -188,30 +197,41 @@ class Loaded:
     skipped: list[str] = field(default_factory=list)
 
 
-def load_predictors(drive: Drive, packed: PackedModel, progress: Progress) -> Loaded:
+def load_predictors(
+    drive: Drive, packed: PackedModel, progress: Progress, windows: torch.Tensor | None = None
+) -> Loaded:
     """Build and load what serves the model best; earlier programs of the same kinds go.
+
+    windows: int64 [windows, tokens] of text that low-bit rows are rounded to fit; None: each value
+    to the nearest level.
 
     A rollout, or a shadow where the drive cannot hold that or the model has no place for it: both
     choose and correct. And a frequency, where the neurons were counted. A mixture has a gate as
     well, and no rollout.
     """
-    loaded = Loaded()
+    loaded, recipe = Loaded(), Recipe(windows=windows)
     if packed.experts:
-        _load_if_it_fits(drive, packed, Kind.GATE, progress, loaded)
+        _load_if_it_fits(drive, packed, Kind.GATE, recipe, progress, loaded)
     for kind in (Kind.SHADOW,) if packed.experts else (Kind.ROLLOUT, Kind.SHADOW):
-        if _load_if_it_fits(drive, packed, kind, progress, loaded):
+        if _load_if_it_fits(drive, packed, kind, recipe, progress, loaded):
             break
     if packed.frequencies is not None:
-        _load_if_it_fits(drive, packed, Kind.FREQUENCY, progress, loaded)
+        _load_if_it_fits(drive, packed, Kind.FREQUENCY, recipe, progress, loaded)
     return loaded
 
 
 def _load_if_it_fits(
-    drive: Drive, packed: PackedModel, kind: Kind, progress: Progress, loaded: Loaded
+    drive: Drive,
+    packed: PackedModel,
+    kind: Kind,
+    recipe: Recipe,
+    progress: Progress,
+    loaded: Loaded,
 ) -> bool:
     """Whether the drive can hold the program, and what it remembers of this host."""
     try:
-        number = load_predictor(drive, packed, kind, build_predictor(drive, packed, kind, progress))
+        data = build_predictor(drive, packed, kind, progress, recipe)
+        number = load_predictor(drive, packed, kind, data)
     except UnsupportedModel as error:
         loaded.skipped.append(f"{kind}: {error}")
         return False

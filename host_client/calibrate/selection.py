@@ -18,12 +18,20 @@ _SIGN = np.uint32(1 << 31)
 def top(scores: torch.Tensor, count: int) -> torch.Tensor:
     """A mask of the `count` highest of the last dimension, lower indices first among equals.
 
-    scores: float32 [..., n].
+    scores: float32 [..., n], the mask on the same device.
     """
+    if not scores.is_cpu:
+        return top_by_sorting(scores, count)
     marks = torch.zeros(scores.shape, dtype=torch.bool)
     if count > 0:
         _mark(_rows(scores), min(count, scores.shape[-1]), _rows(marks))
     return marks
+
+
+def top_by_sorting(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The same on any device, where a sort is cheap."""
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., : max(0, count)]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
 
 
 def count_top(marks: torch.Tensor, scores: torch.Tensor, count: int) -> int:

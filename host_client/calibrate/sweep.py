@@ -5,12 +5,12 @@ fitted; then every setting goes through the held-out text. The two never meet.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from host_client.calibrate.builders import WINDOW_DECAY, WINDOW_TOKENS
+from host_client.calibrate.builders import WINDOW_DECAY, WINDOW_TOKENS, Builder, Recipe
 from host_client.calibrate.calibration import LayerStatistics, walk
 from host_client.calibrate.choosers import (
     AT_FFN,
@@ -27,6 +27,7 @@ from host_client.calibrate.lab import WANTED_SHARE, Lab, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
 from host_client.calibrate.measurement import measure
 from host_client.calibrate.outcome import QualityReport
+from host_client.calibrate.program_choosers import chooser_of
 from host_client.model.calibration_record import Calibration
 from host_client.runtime.allotment import allotted
 from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer
@@ -36,6 +37,7 @@ from host_client.runtime.refusals import InvalidQuality
 Progress = Callable[[int, int], None]
 
 BITS_DEFAULT = 4
+_EPOCHS = 2  # of programs that are trained here; a drive's are trained for longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Prepared:
     head_norms: torch.Tensor  # float32 [layers, groups]: mean norm of what each KV group adds
     resident: torch.Tensor  # bool [layers, units]: the units that the host holds
     seen: torch.Tensor  # int64 [windows, tokens]: the text of all that
+    programs: Mapping[tuple[str, int], bytes]  # files, by kind and lookahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +103,10 @@ def _ahead(lookahead: int) -> str:
 
 
 _ALLOTTED = "allotted"
-PROGRAMS = ("oracle", "shadow", "rollout", "frequency", "window")
-_TAKE_LOOKAHEAD = ("shadow", "rollout")
-_ONE_AHEAD = ("rollout",)  # unless said otherwise; others at the FFN's own input
+BUILT = ("svd", "lowrank", "mlp", "farsight")  # as for a drive, from program files
+PROGRAMS = ("oracle", "shadow", "rollout", *BUILT, "frequency", "window")
+TAKE_LOOKAHEAD = ("shadow", "rollout", "svd", "lowrank", "mlp")
+_ONE_AHEAD = ("rollout", "lowrank", "mlp")  # unless said otherwise; others at the FFN's own input
 _LOW_BIT = ("shadow", "rollout")  # score by low-bit rows
 _SCORE_HEADS = ("oracle", "rollout", "frequency")
 _BITS = (2, 3, 4, 8)
@@ -117,6 +121,7 @@ DEFAULT_SETTINGS = (
     *("rollout@1:0.33+correct+fit", "rollout@1:0.25+correct+fit", "rollout@1:0.1+correct+fit"),
     *("shadow:0.1+correct+bits=3", "shadow:0.1+correct+bits=3+fit"),
     *("rollout@1:0.1+correct+bits=3", "rollout@1:0.1+correct+bits=3+fit"),
+    *("svd@1:0.5", "lowrank@1:0.5", "mlp@1:0.5", "farsight:0.5"),
 )
 
 
@@ -129,7 +134,7 @@ def parse(text: str) -> Asked:
     lookahead = int(ahead) if ahead.isdigit() else AT_FFN
     if program in _ONE_AHEAD and not at:
         lookahead = 1
-    wrong_ahead = bool(at) and (program not in _TAKE_LOOKAHEAD or not ahead.isdigit())
+    wrong_ahead = bool(at) and (program not in TAKE_LOOKAHEAD or not ahead.isdigit())
     if quality is None or program not in PROGRAMS or wrong_ahead:
         raise ValueError(
             f"{text!r} is no setting. Write {GRAMMAR}, "
@@ -183,7 +188,10 @@ def prepare(
     resident_share: float,
     progress: Progress,
 ) -> Prepared:
-    """One walk of the calibration windows: counts, and what the settings need of each layer."""
+    """One walk of the calibration windows: counts, and what the settings need of each layer.
+
+    Programs of files are built beside it, a walk each.
+    """
     roundings = {asked.rows for asked in settings if asked.rows is not None}
     views, counts, norms = {}, [], []
     for found in walk(model, windows, progress=progress):
@@ -193,7 +201,22 @@ def prepare(
         norms.append(found.head_norms.mean((0, 1)))
     shares = torch.stack(counts) / windows.numel()
     resident = hottest(shares, resident_share)
-    return Prepared(model, views, shares, torch.stack(norms), resident, windows)
+    programs = _build(model, windows, settings, progress)
+    return Prepared(model, views, shares, torch.stack(norms), resident, windows, programs)
+
+
+def _build(
+    model: DenseModel, windows: torch.Tensor, settings: Sequence[Asked], progress: Progress
+) -> dict[tuple[str, int], bytes]:
+    """The program files that a drive would be given, by kind and lookahead."""
+    programs: dict[tuple[str, int], bytes] = {}
+    for asked in settings:
+        key = (asked.program, asked.lookahead)
+        if asked.program in BUILT and key not in programs:
+            recipe = Recipe(lookahead=asked.lookahead, epochs=_EPOCHS, windows=windows)
+            with torch.no_grad():
+                programs[key] = getattr(Builder("lab", model, recipe, progress), asked.program)()
+    return programs
 
 
 def _rounded(model: DenseModel, found: LayerStatistics, rows: Rows) -> DecoderLayer:
@@ -246,6 +269,8 @@ def _maker(asked: Asked, prepared: Prepared) -> Callable[[], Chooser]:
     model, shares, lookahead = prepared.model, prepared.shares, asked.lookahead
     low = asked.rows.name if asked.rows else ""
     wanted = max(1, round(WANTED_SHARE * model.shape.ffn))
+    if asked.program in BUILT:
+        return chooser_of(prepared.programs[asked.program, lookahead], lookahead)
     makers: dict[str, Callable[[], Chooser]] = {
         "oracle": Oracle,
         "shadow": lambda: Shadow(model, low, lookahead),

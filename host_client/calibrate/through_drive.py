@@ -13,7 +13,7 @@ from host_client.calibrate.choosers import AT_FFN
 from host_client.calibrate.losses import Losses, Truth
 from host_client.calibrate.outcome import LayerFigures, Outcome, QualityReport
 from host_client.calibrate.quality import decoded_losses, dense_truths
-from host_client.calibrate.sweep import Asked, Rows
+from host_client.calibrate.sweep import TAKE_LOOKAHEAD, Asked, Rows
 from host_client.driver import Drive
 from host_client.runtime.audit import Audited
 from host_client.runtime.causal_lm import (
@@ -35,9 +35,9 @@ def check_askable(settings: Sequence[Asked]) -> None:
                 f"{asked.name}: a drive computes with the rows of the program it has. Build that "
                 "with `csd predictor build --bits --fit`, and leave bits and fit out here"
             )
-        if asked.program == "shadow" and asked.lookahead == AT_FFN:
+        if asked.program in TAKE_LOOKAHEAD and asked.lookahead == AT_FFN:
             raise ValueError(
-                f"{asked.name}: a drive is asked ahead of the FFN. Write shadow@0 or more"
+                f"{asked.name}: a drive is asked ahead of the FFN. Write {asked.program}@0 or more"
             )
 
 

@@ -85,7 +85,7 @@ class Commands(OnDemandGroup):
         "predictor": Entry(
             f"{_CLI}.predictor_commands",
             "app",
-            "Predictors: build, load and list the programs on the drive.",
+            "Predictors: build, load, list and score the programs on the drive.",
         ),
         "bench": Entry(f"{_CLI}.bench_commands", "app", "Measurements on real text."),
     }

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
+from host_client.calibrate.preparation import load_predictors, recalibrate
 from host_client.calibrate.preparation import place as place_neurons
-from host_client.calibrate.preparation import recalibrate
 from host_client.calibrate.text import CALIBRATED_TOKENS, calibration_windows
 from host_client.cli.console import TimeMode, open_drive, out, progress_bytes, progress_count
-from host_client.cli.model_commands import load_tokenizer
+from host_client.cli.model_commands import load_tokenizer, print_loaded
 from host_client.cli.options import DriveAddress, Model, Time
 from host_client.driver.drive import cache_folder
 from host_client.model.catalog import open_model
@@ -23,12 +23,19 @@ def calibrate(
         typer.Option(help="Text to calibrate on, repeatable; Python's own without.", exists=True),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of it.", min=2)] = CALIBRATED_TOKENS,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit/--no-fit",
+            help="Build the predictors anew, their low-bit rows rounded to fit this text.",
+        ),
+    ] = True,
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
 ) -> None:
     """Measure on text how often each neuron is wanted and what leaving some out costs.
 
-    Goes on where it was broken off.
+    Goes on where it was broken off. Then the predictors on the drive are fitted to the text.
     """
     source = resolve_source(model)
     try:
@@ -39,6 +46,9 @@ def calibrate(
         _, packed = open_model(opened, source.name)
         with progress_count("calibrating, layers") as update:
             stored = recalibrate(opened, packed, windows, update, cache_folder() / "calibration")
+        if fit:
+            with progress_count("fitting predictors, layers") as update:
+                print_loaded(load_predictors(opened, stored, update, windows))
     out.print(
         f"measured {stored.name} over {stored.frequency_tokens:,} tokens: the memory plan, kept "
         f"fractions, `csd predictor build frequency` and `csd place` use it from now on"

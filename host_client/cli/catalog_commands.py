@@ -95,6 +95,9 @@ def plan(
         return
     out.print(reports.plan_table(packed, made))
     out.print(reports.times_table(times, kept, host_bytes_per_s))
+    verdict = reports.plan_verdict(packed, made)
+    if verdict is not None:
+        out.print(verdict, soft_wrap=True, markup=False)
 
 
 def _host_rate(text: str | None) -> float:

@@ -14,7 +14,12 @@ from csd_protocol.opcodes import LogPage
 from csd_protocol.packed import COPIES_MAX, PackedModel
 from csd_protocol.units import format_size
 from host_client.calibrate.planting import load_router, plant
-from host_client.calibrate.preparation import CALIBRATION_TOKENS, calibrate, load_predictors
+from host_client.calibrate.preparation import (
+    CALIBRATION_TOKENS,
+    Loaded,
+    calibrate,
+    load_predictors,
+)
 from host_client.cli import reports
 from host_client.cli.console import TimeMode, err, open_drive, out, progress_bytes, progress_count
 from host_client.cli.log_commands import write_trace
@@ -34,6 +39,7 @@ from host_client.cli.options import (
     Seed,
     Synthetic,
     Time,
+    UnitBits,
 )
 from host_client.driver import Drive
 from host_client.io.opening import Kind as ReaderKind
@@ -78,6 +84,10 @@ def pack(
     dtype: Annotated[
         Dtype | None, typer.Option(help="16-bit type on the drive; default: the checkpoint's own.")
     ] = None,
+    bits: Annotated[
+        UnitBits,
+        typer.Option(help="Of a unit's values; 8 and 4: levels in groups of 32, with scales."),
+    ] = UnitBits.SIXTEEN,
     copies: Annotated[
         int,
         typer.Option(
@@ -114,6 +124,7 @@ def pack(
                 name,
                 lambda done, total, what: update(done, total),
                 dtype=dtype,
+                bits=bits.number,
                 copies=copies,
                 replace=replace,
                 save_every_bytes=SAVE_EVERY_BYTES if source else DRAWN_SAVE_EVERY_BYTES,
@@ -121,13 +132,17 @@ def pack(
         stored = format_size(packed.weights_bytes * packed.copies)
         out.print(
             f"packed {packed.name}: {packed.unit_count:,} units, "
-            f"{format_size(packed.weights_bytes)} as {packed.dtype}"
+            f"{format_size(packed.weights_bytes)} as {_described(packed, bits)}"
             + (f", in {packed.copies} copies: {stored}" if packed.copies > 1 else "")
         )
         if source is None:
             _plant(opened, packed, active, seed)
         elif calibration:
             _prepare(opened, packed, source, dram, calibration_tokens)
+
+
+def _described(packed: PackedModel, bits: UnitBits) -> str:
+    return packed.dtype if bits is UnitBits.SIXTEEN else f"levels of {bits.value} bits"
 
 
 def _checkpoint(source: Source | None, synthetic: str, seed: int) -> tuple[str, Checkpoint]:
@@ -159,6 +174,11 @@ def _prepare(drive: Drive, packed: PackedModel, source: Source, dram: str, token
         return
     with progress_count("building predictors, layers") as update:
         predictors = load_predictors(drive, packed, update)
+    print_loaded(predictors)
+
+
+def print_loaded(predictors: Loaded) -> None:
+    """Which predictors were loaded, and why others were not."""
     for reason in predictors.skipped:
         out.print(f"skipped {reason}", soft_wrap=True, markup=False)
     out.print(f"loaded predictors: {', '.join(predictors.kinds) or 'none'}")

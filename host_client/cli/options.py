@@ -1,9 +1,11 @@
 """Options that several commands take."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
+from csd_protocol.packed import Bits
 from csd_protocol.program_file import SEED_MAX
 from host_client.cli.console import TimeMode
 
@@ -109,4 +111,19 @@ Enforce = Annotated[
         "interpreter and libraries, in a control group, and say what the kernel measured.",
     ),
 ]
+
+
+class UnitBits(StrEnum):
+    """Bits of a unit's values, as an option's choices."""
+
+    SIXTEEN = "16"
+    EIGHT = "8"
+    FOUR = "4"
+
+    @property
+    def number(self) -> Bits:
+        counts: dict[UnitBits, Bits] = {UnitBits.SIXTEEN: 16, UnitBits.EIGHT: 8, UnitBits.FOUR: 4}
+        return counts[self]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from csd_protocol.packed import PackedModel, Role
+from csd_protocol.packed import Bits, PackedModel, Role
 from csd_protocol.units import NS_PER_MS, format_ns, format_size
+from host_client.model.unit_bits import weights_bytes_at
 from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.quality import Quality
 from host_client.runtime.token_time import TokenTime
@@ -23,6 +24,7 @@ def plan_object(packed: PackedModel, plan: Plan) -> dict[str, Any]:
         "model": packed.name,
         "dram_budget_bytes": plan.budget_bytes,
         "weights_bytes_16bit": plan.weights_bytes,
+        "weights_bytes": packed.weights_bytes,
         "total_bytes": plan.total_bytes,
         "resident_bytes": plan.resident_bytes,
         "staging_buffer_bytes": plan.staging_bytes,
@@ -31,11 +33,31 @@ def plan_object(packed: PackedModel, plan: Plan) -> dict[str, Any]:
         "table_bytes": plan.table_bytes,
         "context": plan.context,
         "staged_bytes_per_token": plan.staged_bytes_per_token,
+        "needs_drive": plan.needs_drive,
+        "verdict": plan_verdict(packed, plan),
         "resident": {
             role.value: {"units": kept, "of": count}
             for role, (kept, count) in _by_role(packed, plan).items()
         },
     }
+
+
+def plan_verdict(packed: PackedModel, plan: Plan) -> str | None:
+    """When a drive is not worth it: all fits as it is, or would at fewer bits. None: it is."""
+    if not plan.needs_drive:
+        return (
+            "All of it fits the budget: nothing is staged, and the drive only loads it. It pays "
+            "for a model that does not fit."
+        )
+    fewer: tuple[Bits, ...] = (8, 4)
+    for bits in (bits for bits in fewer if bits < packed.ffns(0)[0].bits):
+        size_bytes = weights_bytes_at(packed, bits)
+        if plan.fits(size_bytes):
+            return (
+                f"At {bits} bits ({format_size(size_bytes)}, pack --bits {bits}) all of it would "
+                f"fit the budget, and need no drive."
+            )
+    return None
 
 
 def plan_table(packed: PackedModel, plan: Plan) -> Table:
@@ -56,6 +78,7 @@ def plan_table(packed: PackedModel, plan: Plan) -> Table:
         ("fetch buffer and tables", plan.fetch_buffer_bytes + plan.table_bytes),
         (f"KV cache, {plan.context} tokens", plan.kv_bytes),
         ("in all", plan.total_bytes),
+        ("all weights on the drive", packed.weights_bytes),
         ("all weights at 16 bits", plan.weights_bytes),
         ("staged a token (exact)", plan.staged_bytes_per_token),
     ):

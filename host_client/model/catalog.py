@@ -162,14 +162,14 @@ def read_unit_table(storage: BlockStorage, model: PackedModel, copy: int = 0) ->
 
 
 def read_units(storage: BlockStorage, site: Site, start: int, stop: int, at: int = 0) -> U16:
-    """What lies in slots [start, stop) of a site, [stop - start, rows, cols], 16-bit patterns.
+    """What lies in slots [start, stop) of a site: 16-bit words [stop - start, rows, words].
 
     Units [start, stop), where the model is not placed. `at` is where slot 0 lies, when not in the
     first copy (`PackedModel.place_of`).
     """
     offset = (at or site.offset_bytes) + start * site.unit_bytes
     data = _read_range(storage, offset, (stop - start) * site.unit_bytes)
-    return np.frombuffer(data, "<u2").reshape(stop - start, site.rows, site.cols)
+    return np.frombuffer(data, "<u2").reshape(stop - start, site.rows, site.row_bytes // 2)
 
 
 def _frequencies_shape(model: PackedModel) -> tuple[int, int]:

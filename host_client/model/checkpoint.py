@@ -6,22 +6,39 @@ memory, and a file that ends early would be a SIGBUS instead of an error.
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
+import numpy as np
+import numpy.typing as npt
+
+from csd_protocol.packed import Bits
 from host_client.model.errors import TornFile
 
 if TYPE_CHECKING:
     import torch
 
+U8 = npt.NDArray[np.uint8]
+
 Dtype = Literal["float16", "bfloat16"]
 
 _SAMPLE_BYTES = 4096
 _SAMPLES = 3  # of each tensor: its first, middle and last bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLevels:
+    """Rows that are levels in groups, as `low_bit_units` has them.
+
+    read: rows [start, stop) as uint8 [rows, row bytes]; no value changes.
+    """
+
+    bits: Bits
+    read: Callable[[int, int], U8]
 
 
 class Checkpoint(Protocol):
@@ -48,6 +65,9 @@ class Checkpoint(Protocol):
 
         Raises TornFile when the file ends early, UnsupportedModel for a number format.
         """
+
+    def levels(self, name: str) -> StoredLevels | None:
+        """A tensor's own levels, where its rows are stored as those of units can be."""
 
     def digest(self) -> str:
         """Hex digest of headers, sizes and a sample of each tensor's bytes; see `sample_digest`."""

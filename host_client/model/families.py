@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from csd_protocol.packed import Part, Role, UnitKind
+from csd_protocol.packed import Bits, Part, Role, UnitKind, row_bytes
 from host_client.model.checkpoint import Checkpoint
 from host_client.model.errors import (
     InvalidConfig,
@@ -55,10 +55,15 @@ class SiteShape:
     pieces: tuple[Piece, ...]
     parts: tuple[Part, ...] = ()
     expert: int = -1  # whose FFN this is, in a mixture
+    bits: Bits = 16
 
     @property
     def stack_rows(self) -> int:
         return sum(piece.rows_per_unit for piece in self.pieces)
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.rows * row_bytes(self.cols, self.bits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ tokenizers agree with what was packed.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,8 +18,12 @@ import torch
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
 
+from csd_protocol.low_bit_units import GROUP, join_rows
+from csd_protocol.packed import Bits
 from host_client.model.checkpoint import (
+    U8,
     Dtype,
+    StoredLevels,
     StoredTensor,
     TensorFile,
     prevailing_dtype,
@@ -49,6 +54,8 @@ _TOKEN_FIELDS = {
     "unknown_token_id": "unk_token_id",
     "padding_token_id": "pad_token_id",
 }
+_KEPT: dict[str, Bits] = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}  # levels in groups of 32
+_MINIMUM_OF_Q4_0 = np.float16(-8)  # in scales
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -107,13 +114,30 @@ class GgufFile:
         return self._find(name).shape
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._in_order(name, start, stop, _dequantise)
+
+    def levels(self, name: str) -> StoredLevels | None:
+        bits = _KEPT.get(self._find(name).format)
+        if bits is None:
+            return None
+
+        def read(start: int, stop: int) -> U8:
+            rows: U8 = self._in_order(name, start, stop, _levels).numpy()
+            return rows
+
+        return StoredLevels(bits, read)
+
+    def _in_order(
+        self, name: str, start: int, stop: int, read: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """Rows [start, stop) of a tensor by `read`, in the order that transformers has."""
         tensor = self._find(name)
         heads = self._interleaved_heads(name)
         if heads is None:
-            return _dequantise(tensor, start, stop)
+            return read(tensor, start, stop)
         head_rows = tensor.shape[0] // heads
         first, last = start // head_rows, -(-stop // head_rows)
-        rows = _dequantise(tensor, first * head_rows, last * head_rows)
+        rows = read(tensor, first * head_rows, last * head_rows)
         return _halves(rows, last - first)[start - first * head_rows : stop - first * head_rows]
 
     def _interleaved_heads(self, name: str) -> int | None:
@@ -221,6 +245,18 @@ def _dequantise(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
             "dequantised. Convert the model to Q8_0 or F16"
         ) from error
     return torch.from_numpy(values).reshape(shape)
+
+
+def _levels(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of groups, each a float16 or two and its levels, as rows of units."""
+    data: U8 = np.frombuffer(tensor.read(start, stop), np.uint8)
+    level_bytes = GROUP * _KEPT[tensor.format] // 8
+    groups = data.reshape(stop - start, tensor.shape[-1] // GROUP, -1)
+    numbers = np.ascontiguousarray(groups[:, :, :-level_bytes]).view("<f2")
+    if tensor.format == "Q4_0":
+        numbers = np.concatenate([numbers, numbers * _MINIMUM_OF_Q4_0], axis=2)
+    levels = groups[:, :, -level_bytes:].reshape(stop - start, -1)
+    return torch.from_numpy(join_rows(levels, *np.moveaxis(numbers, 2, 0)))
 
 
 def _halves(rows: torch.Tensor, heads: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ from itertools import accumulate
 from csd_protocol.packed import (
     BLOCK_BYTES,
     MODEL_ALIGN_BYTES,
-    VALUE_BYTES,
     DirectoryEntry,
     Extent,
     PackedModel,
@@ -89,7 +88,7 @@ def place(model: PackedModel, shapes: Sequence[SiteShape], offset_bytes: int) ->
     )
     once = sites[-1].offset_bytes + sites[-1].length_bytes
     stride = align_up(once - table_start, MODEL_ALIGN_BYTES) if model.copies > 1 else 0
-    placed = placed.model_copy(update={"copy_stride_bytes": stride})
+    placed = placed.model_copy(update={"copy_stride_bytes": stride}).in_oldest_version
     end = align_up(once + (model.copies - 1) * stride, MODEL_ALIGN_BYTES)
     extent = Extent(offset_bytes=offset_bytes, length_bytes=end - offset_bytes)
     return Layout(placed, extent, progress, _slots(placed, extent, progress))
@@ -148,10 +147,7 @@ def _manifest_slot_bytes(model: PackedModel, shapes: Sequence[SiteShape]) -> int
 
 def _place_sites(shapes: Sequence[SiteShape], start: int) -> tuple[Site, ...]:
     """Sites one behind the other from `start`, each on a whole block."""
-    lengths = [
-        align_up(shape.count * shape.rows * shape.cols * VALUE_BYTES, BLOCK_BYTES)
-        for shape in shapes
-    ]
+    lengths = [align_up(shape.count * shape.unit_bytes, BLOCK_BYTES) for shape in shapes]
     offsets = accumulate(lengths, initial=start)
     first_crcs = accumulate((shape.count for shape in shapes), initial=0)
     return tuple(
@@ -167,6 +163,7 @@ def _place_sites(shapes: Sequence[SiteShape], start: int) -> tuple[Site, ...]:
             first_crc=first_crc,
             parts=shape.parts,
             expert=shape.expert,
+            bits=shape.bits,
         )
         for index, (shape, offset, first_crc) in enumerate(
             zip(shapes, offsets, first_crcs, strict=False)

@@ -29,6 +29,7 @@ from csd_protocol.packed import (
     COPIES_MAX,
     FORMAT_VERSION,
     VALUE_BYTES,
+    Bits,
     Directory,
     DirectoryEntry,
     Extent,
@@ -38,7 +39,6 @@ from csd_protocol.packed import (
     decode_progress,
     encode_manifest,
     encode_progress,
-    manifest_version,
 )
 from csd_protocol.packed import Progress as ProgressRecord
 from csd_protocol.unit_table import UnitTable
@@ -59,13 +59,15 @@ from host_client.model.families import Piece, SiteShape, family_sites
 from host_client.model.layout import Layout, extent_bytes, place
 from host_client.model.storage import BlockStorage
 from host_client.model.synthetic import SyntheticCheckpoint, is_drawn
+from host_client.model.unit_bits import at_bits, kept_levels, rounded
 
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
+F32 = npt.NDArray[np.float32]
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, what was written
-Units = Callable[[Site], Iterator[U16]]  # a site's units as they are to lie, [n, ...] at a time
+Units = Callable[[Site], Iterator[U8]]  # as they are to lie, [n, unit bytes] at a time
 
 CHUNK_BYTES = 4 << 20
 SAVE_EVERY_BYTES = 256 << 20  # what an interruption may cost
@@ -81,24 +83,25 @@ def pack(
     progress: Progress | None = None,
     *,
     dtype: Dtype | None = None,
+    bits: Bits = 16,
     copies: int = 1,
     replace: bool = False,
     save_every_bytes: int = SAVE_EVERY_BYTES,
 ) -> PackedModel:
     """Packs a checkpoint under `name`, or what is left of it, and returns its manifest.
 
-    `dtype` is the checkpoint's own 16-bit type unless given; `copies` is how often every unit lies
-    on the drive, 1 to COPIES_MAX. With `replace`, another model of that name goes first. Raises a
-    ModelError; DriveTooSmall and all that is wrong with the checkpoint's names and shapes before
-    anything is written.
+    `dtype` is the checkpoint's own 16-bit type unless given; `bits` are those of a unit's values,
+    but for what stays larger (`unit_bits`); `copies` is how often every unit lies on the drive, 1
+    to COPIES_MAX. With `replace`, another model of that name goes first. Raises a ModelError;
+    DriveTooSmall and all that is wrong with the checkpoint's names and shapes before anything is
+    written.
     """
     if not 1 <= copies <= COPIES_MAX:
         raise UnsupportedModel(f"{copies} copies; a model has 1 to {COPIES_MAX}")
     if BLOCK_BYTES % storage.block_bytes:
         raise UnsupportedModel(f"the drive has blocks of {storage.block_bytes}, not {BLOCK_BYTES}")
-    shapes = family_sites(checkpoint)
-    extended = any(shape.expert >= 0 for shape in shapes)
-    draft = _draft(checkpoint, name, dtype or checkpoint.dtype, copies, extended)
+    shapes = at_bits(family_sites(checkpoint), bits, checkpoint)
+    draft = _draft(checkpoint, name, dtype or checkpoint.dtype, bits, copies)
     entry = read_directory(storage).find(name)
     if entry is not None and entry.fingerprint != draft.fingerprint:
         _give_way(storage, entry, checkpoint, replace)
@@ -107,8 +110,8 @@ def pack(
         return open_model(storage, name)[1]
     job = open_job(storage, draft, shapes, entry)
 
-    def units(site: Site) -> Iterator[U16]:
-        return _chunks(checkpoint, shapes[site.site], _TORCH_DTYPES[draft.dtype])
+    def units(site: Site) -> Iterator[U8]:
+        return _SiteReader(checkpoint, shapes[site.site], _TORCH_DTYPES[draft.dtype]).chunks()
 
     with _one_torch_thread():
         synthetic = checkpoint if isinstance(checkpoint, SyntheticCheckpoint) else None
@@ -137,29 +140,27 @@ class Job:
         return UnitTable(self.checksums, slots).encode()
 
 
-def _draft(
-    checkpoint: Checkpoint, name: str, dtype: Dtype, copies: int, extended: bool
-) -> PackedModel:
+def _draft(checkpoint: Checkpoint, name: str, dtype: Dtype, bits: Bits, copies: int) -> PackedModel:
     """The manifest as far as it does not depend on the drive."""
     return PackedModel(
-        format_version=manifest_version(copies, extended),
         name=name,
         family=checkpoint.config["model_type"],
         config=checkpoint.config,
         dtype=dtype,
         source=checkpoint.source,
-        fingerprint=_fingerprint(checkpoint, dtype, copies),
+        fingerprint=_fingerprint(checkpoint, dtype, bits, copies),
         sites=(),
         crc_table=Extent(offset_bytes=0, length_bytes=0),
         copies=copies,
     )
 
 
-def _fingerprint(checkpoint: Checkpoint, dtype: Dtype, copies: int) -> str:
+def _fingerprint(checkpoint: Checkpoint, dtype: Dtype, bits: Bits, copies: int) -> str:
     """Of everything that decides the packed bytes; equal for a copy of the same files."""
     config = json.dumps(checkpoint.config, sort_keys=True)
     text = f"{FORMAT_VERSION} {dtype} {checkpoint.digest()} {config}"
     text += f" {copies} copies" if copies > 1 else ""
+    text += f" {bits} bits" if bits < 16 else ""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -169,8 +170,8 @@ def _give_way(
     if not replace:
         raise DifferentModel(
             f"{entry.name} on the drive ({entry.state}) was packed from other files, as another "
-            f"type or in another number of copies, than {checkpoint.source} now. Choose another "
-            f"name, or replace it"
+            f"type, at other bits or in another number of copies, than {checkpoint.source} now. "
+            f"Choose another name, or replace it"
         )
     remove_model(storage, entry.name)
 
@@ -367,8 +368,7 @@ def _write_site(job: Job, units: Units, site: Site, writer: _WriteBehind) -> Ite
     """Writes a site's units and notes their CRCs; yields the bytes of each chunk."""
     offset = site.offset_bytes
     numbers = job.order.get(site.site, np.arange(site.count, dtype=np.uint32))
-    for chunk in units(site):
-        rows = chunk.view(np.uint8).reshape(chunk.shape[0], -1)
+    for rows in units(site):
         written, numbers = np.split(numbers, [rows.shape[0]])
         job.checksums[site.first_crc + written] = crc32c_units(rows)
         writer.write(offset, _whole_blocks(rows))
@@ -377,23 +377,26 @@ def _write_site(job: Job, units: Units, site: Site, writer: _WriteBehind) -> Ite
 
 
 class _Drawn:
-    """A synthetic model's patterns, and what the drive calls them."""
+    """A synthetic model's patterns by the bits of their values, and what the drive calls them."""
 
     def __init__(self, job: Job, checkpoint: SyntheticCheckpoint) -> None:
         self.checkpoint = checkpoint
-        self.numbers = job.storage.define_patterns(checkpoint.patterns.tobytes())
+        drawn = sorted({shape.bits for shape in job.shapes if is_drawn(shape)})
+        self.patterns = {bits: checkpoint.patterns(bits) for bits in drawn}
+        define = job.storage.define_patterns
+        self.numbers = {bits: define(made.tobytes()) for bits, made in self.patterns.items()}
 
 
 def _draw_site(job: Job, drawn: _Drawn, site: Site, writer: _WriteBehind) -> Iterator[int]:
     """Has the drive make a site's blocks, and notes its units' CRCs; yields the bytes of each."""
     blocks = drawn.checkpoint.draw(site)
-    writer.write_patterns(site.offset_bytes, drawn.numbers[blocks])
+    writer.write_patterns(site.offset_bytes, drawn.numbers[site.bits][blocks])
     step = units_per_chunk(site.unit_bytes)
     for start in range(0, site.count, step):
         count = min(step, site.count - start)
         size = count * site.unit_bytes
         first = start * site.unit_bytes // BLOCK_BYTES
-        chunk = drawn.checkpoint.patterns[blocks[first : first + -(-size // BLOCK_BYTES)]]
+        chunk = drawn.patterns[site.bits][blocks[first : first + -(-size // BLOCK_BYTES)]]
         rows = chunk.reshape(-1)[:size].reshape(count, -1)
         first_crc = site.first_crc + start
         job.checksums[first_crc : first_crc + count] = crc32c_units(rows)
@@ -422,28 +425,62 @@ def units_per_chunk(unit_bytes: int) -> int:
     return step * max(1, CHUNK_BYTES // (step * unit_bytes))
 
 
-def _chunks(checkpoint: Checkpoint, shape: SiteShape, dtype: torch.dtype) -> Iterator[U16]:
-    """The units of a site, in chunks of [units, stack_rows, width] 16-bit patterns."""
-    columns = {
-        piece.tensor: _read_16bit(checkpoint, piece, dtype)
-        for piece in shape.pieces
-        if piece.columns
-    }
-    step = units_per_chunk(shape.rows * shape.cols * VALUE_BYTES)
-    for start in range(0, shape.count, step):
-        stop = min(start + step, shape.count)
-        units = np.empty((stop - start, shape.stack_rows, shape.width), np.uint16)
-        first_row = 0
-        for piece in shape.pieces:
-            into = units[:, first_row : first_row + piece.rows_per_unit]
-            first, last = start * piece.rows_per_unit, stop * piece.rows_per_unit
-            if piece.columns:
-                _lay_down(columns[piece.tensor][:, first:last], into)
-            else:
-                rows = _rows_16bit(checkpoint, piece.tensor, first, last, dtype)
-                into[...] = rows.reshape(into.shape)
-            first_row += piece.rows_per_unit
-        yield units
+class _SiteReader:
+    """A site's units out of a checkpoint, in chunks."""
+
+    def __init__(self, checkpoint: Checkpoint, shape: SiteShape, dtype: torch.dtype) -> None:
+        self._checkpoint, self._shape, self._dtype = checkpoint, shape, dtype
+        self._columns = {
+            piece.tensor: _read_16bit(checkpoint, piece, dtype)
+            for piece in shape.pieces
+            if piece.columns
+        }
+
+    def chunks(self) -> Iterator[U8]:
+        """[units, unit bytes] each."""
+        shape, step = self._shape, units_per_chunk(self._shape.unit_bytes)
+        row_bytes = shape.unit_bytes // shape.stack_rows
+        for start in range(0, shape.count, step):
+            stop = min(start + step, shape.count)
+            units = np.empty((stop - start, shape.stack_rows, row_bytes), np.uint8)
+            first_row = 0
+            for piece in shape.pieces:
+                last_row = first_row + piece.rows_per_unit
+                self._fill(piece, start, stop, units[:, first_row:last_row])
+                first_row = last_row
+            yield units.reshape(stop - start, -1)
+
+    def _fill(self, piece: Piece, start: int, stop: int, into: U8) -> None:
+        """What a piece gives to units [start, stop): [units, rows of the piece, row bytes]."""
+        kept = kept_levels(self._checkpoint, piece, self._shape.bits)
+        if kept is not None:
+            rows = kept.read(start * piece.rows_per_unit, stop * piece.rows_per_unit)
+            into[...] = rows.reshape(into.shape)
+        elif self._shape.bits == 16:
+            self._fill_16bit(piece, start, stop, into.view(np.uint16))
+        else:
+            values = np.empty((*into.shape[:2], self._shape.width), np.uint16)
+            self._fill_16bit(piece, start, stop, values)
+            widened = torch.from_numpy(values.view(np.int16)).view(self._dtype).float()
+            rows = self._rounded(piece, widened.reshape(-1, self._shape.width).numpy())
+            into[...] = rows.reshape(into.shape)
+
+    def _rounded(self, piece: Piece, values: F32) -> U8:
+        try:
+            return rounded(values, self._shape.bits)
+        except ValueError as error:
+            raise ValueOverflow(
+                f"{self._checkpoint.source}: tensor {piece.tensor} cannot be packed at "
+                f"{self._shape.bits} bits: {error}. Pack at 16 bits"
+            ) from error
+
+    def _fill_16bit(self, piece: Piece, start: int, stop: int, into: U16) -> None:
+        first, last = start * piece.rows_per_unit, stop * piece.rows_per_unit
+        if piece.columns:
+            _lay_down(self._columns[piece.tensor][:, first:last], into)
+        else:
+            rows = _rows_16bit(self._checkpoint, piece.tensor, first, last, self._dtype)
+            into[...] = rows.reshape(into.shape)
 
 
 def _lay_down(columns: U16, into: U16) -> None:

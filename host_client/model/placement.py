@@ -8,6 +8,7 @@ directory has the new one as a model of its own that is being packed.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,12 @@ from host_client.model.catalog import (
     write_record,
 )
 from host_client.model.errors import DifferentModel, NotCalibrated
-from host_client.model.families import find_family
+from host_client.model.families import SiteShape, find_family
 from host_client.model.packer import (
     SAVE_EVERY_BYTES,
     Job,
     Progress,
+    Units,
     open_job,
     seal_units,
     units_per_chunk,
@@ -38,6 +40,7 @@ from host_client.model.packer import (
 )
 from host_client.model.storage import BlockStorage
 
+U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 
@@ -68,8 +71,7 @@ def place_units(
     if begun is not None and begun.fingerprint != draft.fingerprint:
         remove_model(storage, draft.name)  # of another calibration
         begun = None
-    shapes = tuple(find_family(packed.config, packed.source).sites(packed.config))
-    job = open_job(storage, draft, shapes, begun, order)
+    job = open_job(storage, draft, _shapes_of(packed), begun, order)
     write_sites(job, _units_of(packed, read, order), progress, save_every_bytes)
     return _take_over(job, entry)
 
@@ -84,6 +86,13 @@ def _order_of(storage: BlockStorage, packed: PackedModel) -> dict[int, U32]:
         )
     sites = (site.site for site in packed.ffns())
     return dict(zip(sites, calibration.order, strict=True))
+
+
+def _shapes_of(packed: PackedModel) -> tuple[SiteShape, ...]:
+    """The sites of its family, with the bits that it was packed at."""
+    shapes = find_family(packed.config, packed.source).sites(packed.config)
+    pairs = zip(shapes, packed.sites, strict=True)
+    return tuple(replace(shape, bits=site.bits) for shape, site in pairs)
 
 
 def _lies_so(storage: BlockStorage, packed: PackedModel, order: Mapping[int, U32]) -> bool:
@@ -108,19 +117,18 @@ def _draft(packed: PackedModel, order: Mapping[int, U32]) -> PackedModel:
             "calibration": None,
             "placed": True,
         }
-    ).in_oldest_version
+    )
 
 
-def _units_of(
-    packed: PackedModel, read: ReadUnits, order: Mapping[int, U32]
-) -> Callable[[Site], Iterator[U16]]:
-    def units(target: Site) -> Iterator[U16]:
+def _units_of(packed: PackedModel, read: ReadUnits, order: Mapping[int, U32]) -> Units:
+    def units(target: Site) -> Iterator[U8]:
         site, step = packed.sites[target.site], units_per_chunk(target.unit_bytes)
         lying = order.get(site.site)
         whole = None if lying is None else read(site, 0, site.count)[lying]
         for start in range(0, site.count, step):
             stop = min(start + step, site.count)
-            yield read(site, start, stop) if whole is None else whole[start:stop]
+            chunk = read(site, start, stop) if whole is None else whole[start:stop]
+            yield chunk.view(np.uint8).reshape(stop - start, -1)
 
     return units
 

@@ -92,6 +92,9 @@ class SafetensorsFolder:
         data = torch.frombuffer(tensor.read(start, stop), dtype=dtype)
         return data.reshape(stop - start, *tensor.shape[1:])
 
+    def levels(self, name: str) -> None:
+        """No tensor is kept as levels."""
+
     def _find(self, name: str) -> StoredTensor:
         try:
             return self._tensors[name]

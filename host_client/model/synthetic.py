@@ -11,7 +11,6 @@ nothing.
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csd_protocol.packed import BLOCK_BYTES, VALUE_BYTES, Site, align_up
-from host_client.model.checkpoint import Dtype
+from csd_protocol.packed import BLOCK_BYTES, VALUE_BYTES, Bits, Site, align_up
+from host_client.model.checkpoint import Dtype, StoredLevels
 from host_client.model.errors import InvalidConfig, ModelNotFound
 from host_client.model.families import SiteShape, find_family
 from host_client.model.foreign_configs import as_transformers
@@ -33,6 +32,8 @@ U16 = npt.NDArray[np.uint16]
 PATTERNS = 256  # blocks, 1 MiB: what a processor's second cache holds
 SEED_DEFAULT = 0
 _SPREAD = 0.02  # standard deviation, where the config does not say
+_LEVEL: dict[Bits, float] = {16: 1.0, 8: 80.0, 4: 8.1}  # values over words, root mean square
+_SCALES: Dtype = "float16"
 _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -66,17 +67,23 @@ class SyntheticCheckpoint:
         make = torch.zeros if name.endswith(".bias") else torch.ones
         return make(stop - start)
 
+    def levels(self, name: str) -> StoredLevels | None:
+        return None
+
     def digest(self) -> str:
         text = f"synthetic {self.seed} {PATTERNS} {json.dumps(self.config, sort_keys=True)}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    @cached_property
-    def patterns(self) -> U8:
-        """The blocks that matrices are drawn from, uint8 [PATTERNS, BLOCK_BYTES]."""
+    def patterns(self, bits: Bits) -> U8:
+        """The blocks that matrices of so many bits are drawn from, uint8 [PATTERNS, BLOCK_BYTES].
+
+        Below 16, where a block begins anywhere in a row, any word of it is a scale, a minimum or
+        levels: so all words are scales.
+        """
         rng = np.random.Generator(np.random.PCG64(self.seed))
-        spread = float(self.config.get("initializer_range", _SPREAD))
+        spread = float(self.config.get("initializer_range", _SPREAD)) / _LEVEL[bits]
         values = rng.normal(0.0, spread, (PATTERNS, BLOCK_BYTES // VALUE_BYTES))
-        rounded = torch.from_numpy(values).to(_TORCH_DTYPES[self.dtype])
+        rounded = torch.from_numpy(values).to(_TORCH_DTYPES[self.dtype if bits == 16 else _SCALES])
         return rounded.view(torch.uint8).numpy()
 
     def draw(self, site: Site) -> U16:

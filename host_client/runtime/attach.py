@@ -78,8 +78,8 @@ def _attach_layer(layer: Any, number: int, engine: Engine) -> None:
         layer.mlp = StagedFfn(engine, number)
     else:
         router = engine.resident[engine.model.find(Role.ROUTER, number).site]
-        weight = np.empty(router.values.shape, np.float32)
-        kernels.widen_rows(router.values, None, weight, engine.bf16)
+        weight = np.empty((router.site.count, router.site.cols), np.float32)
+        kernels.widen_rows(router.values, None, weight, engine.encoding(router.site))
         layer.mlp.gate.weight = _parameter(torch.from_numpy(weight))
         layer.mlp.experts = StagedExperts(engine, engine.experts, number)
     layer.input_layernorm.weight = _parameter(vectors["input_norm"])
@@ -134,7 +134,7 @@ def _rows(hidden: torch.Tensor) -> npt.NDArray[np.float32]:
 def _parts(engine: Engine, site: Site) -> dict[str, torch.Tensor]:
     """The tensors inside a resident `tensor` unit, as float32."""
     flat = np.empty((1, site.rows * site.cols), np.float32)
-    kernels.widen_rows(engine.resident[site.site].values, None, flat, engine.bf16)
+    kernels.widen_rows(engine.resident[site.site].values, None, flat, engine.encoding(site))
     parts, start = {}, 0
     for part in site.parts:
         size = int(np.prod(part.shape))

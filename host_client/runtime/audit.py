@@ -17,6 +17,7 @@ from host_client.runtime import kernels
 from host_client.runtime.engine import Engine
 from host_client.runtime.observed import down_norms
 from host_client.runtime.prefetch import Block
+from host_client.runtime.row_arithmetic import Encoding
 
 U16 = npt.NDArray[np.uint16]
 I64 = npt.NDArray[np.int64]
@@ -48,10 +49,11 @@ class Auditor:
             return
         entry = engine.resident[site.site]
         scores = np.zeros(site.count, np.float32)
-        scores[entry.units] = self._scores(x, entry.values)
-        scores[block.units] = self._scores(x, block.values)
+        encoding = engine.encoding(site)
+        scores[entry.units] = _scores(x, entry.values, encoding)
+        scores[block.units] = _scores(x, block.values, encoding)
         for units, values in engine.missed_parts(site, block):
-            scores[units] = self._scores(x, values)
+            scores[units] = _scores(x, values, encoding)
         kept = math.ceil(engine.kept_of(site) * site.count)
         wanted = np.argpartition(-scores, kept - 1)[:kept]
         engine.tally.wanted_units += kept
@@ -68,10 +70,11 @@ class Auditor:
         sums.computed += int(computed.sum())
         sums.found += int(computed[wanted].sum())
 
-    def _scores(self, x: F32, values: U16) -> F32:
-        activity = np.zeros((1, values.shape[0]), np.float32)
-        if values.shape[0]:
-            ignored = np.zeros_like(x)
-            kernels.neurons(x, values, None, ignored, self._engine.bf16, activity)
-        scores: F32 = activity[0] * down_norms(values, x.shape[1], self._engine.bf16)
-        return scores
+
+def _scores(x: F32, values: U16, encoding: Encoding) -> F32:
+    activity = np.zeros((1, values.shape[0]), np.float32)
+    if values.shape[0]:
+        ignored = np.zeros_like(x)
+        kernels.neurons(x, values, None, ignored, encoding, activity)
+    scores: F32 = activity[0] * down_norms(values, x.shape[1], encoding)
+    return scores

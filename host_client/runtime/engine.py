@@ -38,6 +38,7 @@ from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wante
 from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import ContextExceeded, WindowTooSmall
 from host_client.runtime.residency import ResidentSite, residency_of
+from host_client.runtime.row_arithmetic import Encoding
 from host_client.runtime.tally import Tally
 from host_client.runtime.timeline import COMPUTE, HostTimeline
 
@@ -93,7 +94,6 @@ class Engine:
     ) -> None:
         self.drive, self.model_id, self.model, self.plan = drive, model_id, model, plan
         self.resident, self.quality, self.tally = resident, quality, tally
-        self.bf16 = model.dtype == "bfloat16"
         self.head = head_site(model)
         self._kept = kept_shares(quality, calibration, model.layer_count)
         self._fetcher, self._prefetcher = fetcher, prefetcher
@@ -169,6 +169,10 @@ class Engine:
         if self._guided or self._takes_note:
             self._token = self._text.go_on(place)
 
+    def encoding(self, site: Site) -> Encoding:
+        """How the rows of a site's units are to be read."""
+        return Encoding.of(site, self.model.dtype)
+
     @property
     def position(self) -> int:
         """Of the running pass's first token, in its text."""
@@ -206,7 +210,7 @@ class Engine:
         self._pump()
 
     def head_slices(self) -> Iterator[tuple[U32, U16]]:
-        """The staged rows of the output head, slice by slice: (row numbers, values [n, hidden])."""
+        """The staged rows of the output head, slice by slice: (row numbers, values [n, words])."""
         for step in self._steps[self._layers :]:
             arrival = self._take(step.number)
             block = arrival.blocks[self.head.site]
@@ -265,7 +269,7 @@ class Engine:
     # ---- units by name -----------------------------------------------------------------------
 
     def embedding_rows(self, rows: U32) -> Iterator[tuple[U32, U16]]:
-        """Rows of the embedding, ascending and unique, in parts: (rows, values [n, hidden])."""
+        """Rows of the embedding, ascending and unique, in parts: (rows, values [n, words])."""
         site = self.model.find(Role.EMBED)
         entry = self.resident[site.site]
         here = rows[entry.position[rows] >= 0]
@@ -293,7 +297,7 @@ class Engine:
     def _fetch(self, site: Site, units: U32) -> U16:
         self._fetcher.fetch(site, units, self._fetch_buffer)
         values = self._fetch_buffer.array[: units.size * site.unit_bytes]
-        return values.view(np.uint16).reshape(units.size, site.rows * site.cols)
+        return values.reshape(units.size, site.unit_bytes).view(np.uint16)
 
     # ---- steps -------------------------------------------------------------------------------
 

@@ -305,9 +305,11 @@ def _far(
         return None, f"the drive's unit cache, {format_size(cache_bytes)}, holds all that is staged"
     kinds = FAR_KINDS if kind == AUTO else (kind,)
     guide = programs.first(programs.by_kind, kinds, ahead)
-    if guide is None:
+    if guide is not None:
+        return guide, ""
+    if programs.refusals:
         return None, f"the drive has no room for it{programs.refusals}"
-    return guide, ""
+    return None, "no program on the drive looks further ahead"
 
 
 def _corrector(programs: Programs, name: str, quality: Quality, near: Guide) -> int:

@@ -1,7 +1,7 @@
-"""Compiled arithmetic on 16-bit weights: fused FFN neurons, dot products and row sums.
+"""Compiled arithmetic on packed weights: fused FFN neurons, dot products and row sums.
 
 Decoding is bound by how fast weights come from memory, so weights are read once, as they lie on
-the drive (IEEE half or bfloat16, row after row), widened in registers and accumulated in float32.
+the drive (16-bit values or levels, row after row), widened in registers and accumulated in float32.
 With few activation rows (decode, up to `NARROW_ROWS`) compiled loops do all of it. With many
 (prefill) the same weights serve every row and arithmetic counts, so tiles of about `TILE_BYTES`
 are widened once into a scratch that stays in cache and go through torch's matrix product.
@@ -10,9 +10,10 @@ Results do not depend on the number of threads: rows are cut into lanes by their
 lane sums its chunks of `CHUNK_ROWS` rows in order, and lanes are added in order. Every kernel
 releases the GIL.
 
-Weights are uint16 arrays [count, columns]; `rows` picks and orders some of them (int64, None: all
-in order), so a gathered subset needs no copy. `bf16` says how to read the 16 bits. All arrays are
-C-contiguous; a kernel raises ValueError when shapes, types or layouts do not fit.
+Weights are uint16 arrays [count, words]; `rows` picks and orders some of them (int64, None: all
+in order), so a gathered subset needs no copy. `encoding` says what a row of words holds, one word a
+value or fewer. All arrays are C-contiguous; a kernel raises ValueError when shapes, types or
+layouts do not fit.
 """
 
 import threading
@@ -22,9 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from llvmlite import ir
-from numba import config, njit, prange, types
-from numba.extending import intrinsic
+from numba import config, njit, prange
+
+from host_client.runtime.row_arithmetic import Encoding, add_scaled, dot, widen
 
 F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
@@ -37,21 +38,25 @@ LANE_BYTES = 4 << 20  # below this a second thread costs the drive and the reade
 TILE_BYTES = 2 << 20  # float32 scratch of the wide path
 
 config.THREADING_LAYER = "workqueue"  # OpenMP's threads spin where these sleep, and cores are few
-_FAST = {"reassoc", "contract", "nsz", "arcp"}  # vectorise sums, but keep NaN and infinity
 _parallel_region = threading.Lock()  # numba's work queue takes one parallel call at a time
 
 
 def neurons(
-    x: F32, units: U16, rows: I64 | None, out: F32, bf16: bool, activity: F32 | None = None
+    x: F32,
+    units: U16,
+    rows: I64 | None,
+    out: F32,
+    encoding: Encoding,
+    activity: F32 | None = None,
 ) -> None:
     """Add the output of SwiGLU neurons to `out`: sum over rows of silu(x.gate) * (x.up) * down.
 
-    x [tokens, hidden]; units [count, 3 * hidden], each gate row, up row, down column;
+    x [tokens, hidden]; units [count, 3 rows], each gate row, up row, down column;
     rows [k] into units; out [tokens, hidden] += ; activity [tokens, k], when given, receives
     |silu(x.gate) * (x.up)|.
     """
     tokens, hidden = x.shape
-    weights, picked = _checked(units, rows, 3 * hidden, bf16)
+    weights, picked = _checked(units, rows, 3 * encoding.row_words(hidden), encoding)
     _check_floats("x", x, (tokens, hidden))
     _check_floats("out", out, (tokens, hidden))
     if activity is not None:
@@ -68,13 +73,13 @@ def neurons(
         _neurons_parallel(x, weights, picked, out, acts, lanes)
 
 
-def rows_dot(x: F32, weights: U16, rows: I64 | None, out: F32, bf16: bool) -> None:
+def rows_dot(x: F32, weights: U16, rows: I64 | None, out: F32, encoding: Encoding) -> None:
     """out[t, i] = x[t] . weights[rows[i]]: y = x @ w.T.
 
-    x [tokens, columns]; weights [count, columns]; rows [k]; out [tokens, k], overwritten.
+    x [tokens, columns]; weights [count, words]; rows [k]; out [tokens, k], overwritten.
     """
     tokens, columns = x.shape
-    bits, picked = _checked(weights, rows, columns, bf16)
+    bits, picked = _checked(weights, rows, encoding.row_words(columns), encoding)
     _check_floats("x", x, (tokens, columns))
     _check_floats("out", out, (tokens, picked.shape[0]))
     if tokens > NARROW_ROWS:
@@ -88,13 +93,13 @@ def rows_dot(x: F32, weights: U16, rows: I64 | None, out: F32, bf16: bool) -> No
         _dot_parallel(x, bits, picked, out, lanes)
 
 
-def rows_axpy(a: F32, weights: U16, rows: I64 | None, out: F32, bf16: bool) -> None:
+def rows_axpy(a: F32, weights: U16, rows: I64 | None, out: F32, encoding: Encoding) -> None:
     """out[t] += sum over i of a[t, i] * weights[rows[i]]: y += a @ w.
 
-    a [tokens, k]; weights [count, columns]; rows [k]; out [tokens, columns].
+    a [tokens, k]; weights [count, words]; rows [k]; out [tokens, columns].
     """
     tokens, columns = out.shape
-    bits, picked = _checked(weights, rows, columns, bf16)
+    bits, picked = _checked(weights, rows, encoding.row_words(columns), encoding)
     _check_floats("a", a, (tokens, picked.shape[0]))
     _check_floats("out", out, (tokens, columns))
     if tokens > NARROW_ROWS:
@@ -108,29 +113,30 @@ def rows_axpy(a: F32, weights: U16, rows: I64 | None, out: F32, bf16: bool) -> N
         _axpy_parallel(a, bits, picked, out, lanes)
 
 
-def widen_rows(weights: U16, rows: I64 | None, out: F32, bf16: bool) -> None:
-    """out[i] = weights[rows[i]] as float32. weights [count, columns]; out [k, columns]."""
-    bits, picked = _checked(weights, rows, weights.shape[1], bf16)
-    _check_floats("out", out, (picked.shape[0], weights.shape[1]))
-    _widen_range(bits, picked, 0, picked.shape[0], out)
+def widen_rows(weights: U16, rows: I64 | None, out: F32, encoding: Encoding) -> None:
+    """out[i] = weights[rows[i]] as float32. weights [count, words]; out [k, columns]."""
+    columns = out.shape[1]
+    bits, picked = _checked(weights, rows, encoding.row_words(columns), encoding)
+    _check_floats("out", out, (picked.shape[0], columns))
+    _widen_range(bits, picked, 0, picked.shape[0], 1, out)
 
 
 # ---- what a caller may pass ------------------------------------------------------------------
 
 
-def _checked(weights: U16, rows: I64 | None, columns: int, bf16: bool) -> tuple[Any, I64]:
-    """The weights typed by their format (uint16: half, int16: bfloat16), and the rows to take."""
+def _checked(weights: U16, rows: I64 | None, words: int, encoding: Encoding) -> tuple[Any, I64]:
+    """The weights as compiled code takes them, and the rows to take."""
     if weights.dtype != np.uint16 or not weights.flags.c_contiguous:
         raise ValueError(f"weights must be C-contiguous uint16, not {weights.dtype}")
-    if weights.ndim != 2 or weights.shape[1] != columns:
-        raise ValueError(f"weights must be [count, {columns}], not {list(weights.shape)}")
+    if weights.ndim != 2 or weights.shape[1] != words:
+        raise ValueError(f"weights must be [count, {words}], not {list(weights.shape)}")
     count = weights.shape[0]
     picked = np.arange(count) if rows is None else rows
     if picked.dtype != np.int64 or picked.ndim != 1 or not picked.flags.c_contiguous:
         raise ValueError(f"rows must be contiguous int64 [k], not {picked.dtype} {picked.shape}")
     if picked.size and (picked.min() < 0 or picked.max() >= count):
         raise ValueError(f"rows must lie in 0..{count - 1}, not {picked.min()}..{picked.max()}")
-    return (weights.view(np.int16) if bf16 else weights), picked
+    return encoding.typed(weights), picked
 
 
 def _check_floats(name: str, array: F32, shape: tuple[int, ...]) -> None:
@@ -159,7 +165,7 @@ def _tiles(count: int, columns: int) -> Iterator[tuple[int, int]]:
 def _wide_neurons(x: F32, weights: Any, picked: I64, out: F32, activity: F32 | None) -> None:
     hidden = x.shape[1]
     x_tensor, out_tensor = torch.from_numpy(x), torch.from_numpy(out)
-    for start, stop, tile in _widened(weights, picked):
+    for start, stop, tile in _widened(weights, picked, 3 * hidden, rows_per_unit=3):
         gate, up, down = tile[:, :hidden], tile[:, hidden : 2 * hidden], tile[:, 2 * hidden :]
         acts = torch.nn.functional.silu(x_tensor @ gate.T).mul_(x_tensor @ up.T)
         out_tensor.addmm_(acts, down)
@@ -170,69 +176,43 @@ def _wide_neurons(x: F32, weights: Any, picked: I64, out: F32, activity: F32 | N
 
 def _wide_dot(x: F32, weights: Any, picked: I64, out: F32) -> None:
     x_tensor, out_tensor = torch.from_numpy(x), torch.from_numpy(out)
-    for start, stop, tile in _widened(weights, picked):
+    for start, stop, tile in _widened(weights, picked, x.shape[1]):
         out_tensor[:, start:stop] = x_tensor @ tile.T
 
 
 def _wide_axpy(a: F32, weights: Any, picked: I64, out: F32) -> None:
     a_tensor, out_tensor = torch.from_numpy(a), torch.from_numpy(out)
-    for start, stop, tile in _widened(weights, picked):
+    for start, stop, tile in _widened(weights, picked, out.shape[1]):
         out_tensor.addmm_(a_tensor[:, start:stop], tile)
 
 
-def _widened(weights: Any, picked: I64) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Tiles of the picked rows in float32: (start, stop, [stop - start, columns]).
+def _widened(
+    weights: Any, picked: I64, columns: int, rows_per_unit: int = 1
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Tiles of the picked units in float32: (start, stop, [stop - start, columns]).
 
     One scratch serves all tiles, so a tile is good until the next is asked for.
     """
-    columns = weights.shape[1]
     scratch: F32 | None = None
     for start, stop in _tiles(picked.shape[0], columns):
         if scratch is None:
             scratch = np.empty((stop - start, columns), np.float32)
-        _widen_range(weights, picked, start, stop, scratch)
+        _widen_range(weights, picked, start, stop, rows_per_unit, scratch)
         yield start, stop, torch.from_numpy(scratch[: stop - start])
 
 
 # ---- compiled loops --------------------------------------------------------------------------
 
 
-@intrinsic
-def _widen(typing_context: Any, bits: Any) -> Any:
-    """16 bits to float32: int16 holds a bfloat16, uint16 an IEEE half."""
-    is_bfloat = bits == types.int16
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if is_bfloat:
-            word = builder.zext(arguments[0], ir.IntType(32))
-            shifted = builder.shl(word, ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(shifted, ir.FloatType())
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(bits), generate
-
-
 @njit(nogil=True, cache=True)
-def _widen_range(weights: Any, picked: Any, start: Any, stop: Any, out: Any) -> None:
+def _widen_range(
+    weights: Any, picked: Any, start: Any, stop: Any, rows_per_unit: Any, out: Any
+) -> None:
+    words, columns = weights.shape[1] // rows_per_unit, out.shape[1] // rows_per_unit
     for position in range(start, stop):
-        row = weights[picked[position]]
-        for column in range(row.shape[0]):
-            out[position - start, column] = _widen(row[column])
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def _add_scaled(total: Any, scale: Any, row: Any) -> None:
-    """total += scale * row. Callers cut `row` to size: an index offset would not vectorise."""
-    for column in range(total.shape[0]):
-        total[column] += scale * _widen(row[column])
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def _dot(x: Any, row: Any) -> Any:
-    total = np.float32(0)
-    for column in range(x.shape[0]):
-        total += _widen(row[column]) * x[column]
-    return total
+        unit, into = weights[picked[position]], out[position - start]
+        for row in range(rows_per_unit):
+            widen(unit[row * words : (row + 1) * words], into[row * columns : (row + 1) * columns])
 
 
 @njit(nogil=True, cache=True)
@@ -249,15 +229,16 @@ def _neurons_range(
     x: Any, units: Any, picked: Any, start: Any, stop: Any, total: Any, activity: Any
 ) -> None:
     tokens, hidden = x.shape
+    width = units.shape[1] // 3
     chunk = np.zeros((tokens, hidden), np.float32)
     for position in range(start, stop):
         row = units[picked[position]]
         for token in range(tokens):
-            gate = _dot(x[token], row[:hidden])
-            up = _dot(x[token], row[hidden : 2 * hidden])
+            gate = dot(x[token], row[:width])
+            up = dot(x[token], row[width : 2 * width])
             act = gate / (np.float32(1) + np.exp(-gate)) * up  # silu(gate) * up
             activity[token, position] = abs(act)
-            _add_scaled(chunk[token], act, row[2 * hidden :])
+            add_scaled(chunk[token], act, row[2 * width :])
         if (position - start + 1) % CHUNK_ROWS == 0:
             _flush(chunk, total)
     _flush(chunk, total)
@@ -284,7 +265,7 @@ def _dot_rows(x: Any, weights: Any, picked: Any, out: Any, start: Any, stop: Any
     for position in range(start, stop):
         row = weights[picked[position]]
         for token in range(x.shape[0]):
-            out[token, position] = _dot(x[token], row)
+            out[token, position] = dot(x[token], row)
 
 
 @njit(nogil=True, cache=True, parallel=True)
@@ -302,7 +283,7 @@ def _axpy_range(a: Any, weights: Any, picked: Any, start: Any, stop: Any, total:
     for position in range(start, stop):
         row = weights[picked[position]]
         for token in range(tokens):
-            _add_scaled(chunk[token], a[token, position], row)
+            add_scaled(chunk[token], a[token, position], row)
         if (position - start + 1) % CHUNK_ROWS == 0:
             _flush(chunk, total)
     _flush(chunk, total)

@@ -1,8 +1,7 @@
 """Modules that take the place of a transformers model's own and compute on units.
 
 Each asks the engine for the staged part of its site and computes on the resident and the staged
-part one after the other, 16-bit weights as they lie, in float32. None of them has parameters of its
-own.
+part one after the other, weights as they lie, in float32. None of them has parameters of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,7 +55,7 @@ class StagedEmbedding(nn.Module):
         table = np.empty((rows.size, self._site.cols), np.float32)
         for part, values in engine.embedding_rows(rows):
             widened = np.empty((part.size, self._site.cols), np.float32)
-            kernels.widen_rows(values, None, widened, engine.bf16)
+            kernels.widen_rows(values, None, widened, engine.encoding(self._site))
             table[np.searchsorted(rows, part)] = widened
         return torch.from_numpy(table[where.reshape(-1)]).reshape(*ids.shape, self._site.cols)
 
@@ -86,19 +85,19 @@ class StagedProjection(nn.Module):
         self._rows = _half_of_units(self._site, second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat, bf16 = _flat(x), self._engine.bf16
+        flat, encoding = _flat(x), self._engine.encoding(self._site)
         is_output = self._projection is Projection.OUTPUT
         width = self._site.cols if is_output else self._site.count * self._half
         out = np.zeros((flat.shape[0], width), np.float32)
         for units, values in self._parts():
-            weights = values.reshape(units.size * self._site.rows, self._site.cols)
+            weights = values.reshape(units.size * self._site.rows, -1)
             rows, columns = self._rows[: units.size * self._half], self._columns_of(units)
             if is_output:
                 mixed = np.ascontiguousarray(flat[:, columns])
-                kernels.rows_axpy(mixed, weights, rows, out, bf16)
+                kernels.rows_axpy(mixed, weights, rows, out, encoding)
             else:
                 part = np.empty((flat.shape[0], rows.size), np.float32)
-                kernels.rows_dot(flat, weights, rows, part, bf16)
+                kernels.rows_dot(flat, weights, rows, part, encoding)
                 out[:, columns] = part
         return _like(x, out)
 
@@ -139,7 +138,8 @@ class StagedFfn(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         engine, flat = self._engine, _flat(x)
         out = np.zeros_like(flat)
-        witness = Witness(flat.shape[1], engine.bf16) if engine.observes else None
+        encoding = engine.encoding(self._site)
+        witness = Witness(flat.shape[1], encoding) if engine.observes else None
         correction = engine.correct(self._site, flat) if engine.corrects else None
         entry = engine.resident[self._site.site]
         if entry.units.size:  # whatever was chosen, and while that is still on its way
@@ -165,7 +165,7 @@ class StagedFfn(nn.Module):
     ) -> None:
         is_seen = self.observer is not None or witness is not None
         activity = np.empty((x.shape[0], units.size), np.float32) if is_seen else None
-        kernels.neurons(x, values, None, out, self._engine.bf16, activity)
+        kernels.neurons(x, values, None, out, self._engine.encoding(self._site), activity)
         if activity is None:
             return
         if self.observer is not None:
@@ -194,5 +194,5 @@ class StagedHead(nn.Module):
     def _fill(self, x: F32, units: U32, values: U16, logits: F32) -> None:
         """Rows of the head are kept in order, so each part fills one run of columns."""
         part = np.empty((x.shape[0], units.size), np.float32)
-        kernels.rows_dot(x, values, None, part, self._engine.bf16)
+        kernels.rows_dot(x, values, None, part, self._engine.encoding(self._engine.head))
         logits[:, units[0] : units[-1] + 1] = part

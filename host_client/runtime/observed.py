@@ -8,7 +8,9 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+from host_client.runtime import kernels
+from host_client.runtime.row_arithmetic import Encoding
 
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
@@ -18,15 +20,15 @@ F32 = npt.NDArray[np.float32]
 class Witness:
     """Collects what the parts of one FFN say of one token."""
 
-    def __init__(self, hidden: int, bf16: bool) -> None:
-        self._hidden, self._bf16 = hidden, bf16
+    def __init__(self, hidden: int, encoding: Encoding) -> None:
+        self._hidden, self._encoding = hidden, encoding
         self._units: list[U32] = []
         self._scores: list[F32] = []
 
     def see(self, units: U32, values: U16, activity: F32) -> None:
-        """units uint32 [n]; values uint16 [n, 3 * hidden]; activity float32 [1, n]."""
+        """units uint32 [n]; values uint16 [n, words]; activity float32 [1, n]."""
         self._units.append(units)
-        self._scores.append(activity[0] * down_norms(values, self._hidden, self._bf16))
+        self._scores.append(activity[0] * down_norms(values, self._hidden, self._encoding))
 
     def most_active(self, share: float, count: int) -> U32:
         """Of an FFN's `count` neurons the share that was most active of those seen, ascending."""
@@ -38,9 +40,10 @@ class Witness:
         return np.sort(units)
 
 
-def down_norms(units: U16, hidden: int, bf16: bool) -> F32:
-    """L2 norm of each neuron's down column. units uint16 [n, 3 * hidden] -> float32 [n]."""
-    dtype = torch.bfloat16 if bf16 else torch.float16
-    down = torch.from_numpy(units[:, 2 * hidden :].view(np.int16)).view(dtype)
-    norms: F32 = torch.linalg.vector_norm(down.float(), dim=1).numpy()
+def down_norms(units: U16, hidden: int, encoding: Encoding) -> F32:
+    """L2 norm of each neuron's down column. units uint16 [n, words] -> float32 [n]."""
+    down = np.empty((units.shape[0], hidden), np.float32)
+    rows = units.reshape(3 * units.shape[0], units.shape[1] // 3)
+    kernels.widen_rows(rows, np.arange(2, rows.shape[0], 3), down, encoding)
+    norms: F32 = np.linalg.norm(down, axis=1)
     return norms

@@ -42,14 +42,14 @@ class PlainReads:
         self._table = read_any_unit_table(drive, model)
 
     def site_units(self, site: Site) -> U16:
-        """All units of a site [count, rows, cols], each from a copy that has it.
+        """All units of a site [count, rows, words], each from a copy that has it.
 
         Raises UnitsLost.
         """
         return self.units(site, 0, site.count)
 
     def units(self, site: Site, start: int, stop: int) -> U16:
-        """Units [start, stop) of a site [stop - start, rows, cols]; as `site_units`.
+        """Units [start, stop) of a site [stop - start, rows, words]; as `site_units`.
 
         Where the model is placed, all of the site is read for them.
         """
@@ -100,12 +100,12 @@ class PlainReads:
         return found
 
     def _read(self, site: Site, copy: int, start: int, stop: int) -> tuple[U16, Flags]:
-        """Slots [start, stop) from a copy [n, rows, cols], and which of them are not as packed.
+        """Slots [start, stop) from a copy [n, rows, words], and which of them are not as packed.
 
         What cannot be read at once is read in halves, down to single units.
         """
         place = self._model.place_of(site, copy)
-        values = np.zeros((stop - start, site.rows, site.cols), np.uint16)
+        values = np.zeros((stop - start, site.rows, site.row_bytes // 2), np.uint16)
         bad = np.zeros(stop - start, np.bool_)
         left = [(start, stop)]
         while left:

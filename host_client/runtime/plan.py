@@ -58,6 +58,16 @@ class Plan:
             + self.kv_bytes
         )
 
+    @property
+    def needs_drive(self) -> bool:
+        """Whether anything is staged, so that a drive is worth having."""
+        return self.staged_bytes_per_token > 0
+
+    def fits(self, weights_bytes: int) -> bool:
+        """Whether so many bytes of weights would all be resident within the budget."""
+        rest_bytes = self.kv_bytes + self.table_bytes + self.fetch_buffer_bytes
+        return weights_bytes + rest_bytes <= self.budget_bytes
+
     def keeps_all(self, site: Site) -> bool:
         return self.resident_units[site.site] == site.count
 
@@ -69,7 +79,7 @@ def parse_budget(text: str | int, model: PackedModel) -> int:
     """
     try:
         if isinstance(text, str) and text.strip().endswith("%"):
-            size_bytes = int(model.weights_bytes * float(text.strip()[:-1]) / 100)
+            size_bytes = int(model.weights_bytes_16bit * float(text.strip()[:-1]) / 100)
         else:
             size_bytes = parse_size(text)
     except (ValueError, OverflowError):
@@ -261,5 +271,5 @@ def make_plan(
         resident_units=draft.resident,
         resident_bytes=draft.resident_bytes(),
         staged_bytes_per_token=draft.staged_bytes(),
-        weights_bytes=model.weights_bytes,
+        weights_bytes=model.weights_bytes_16bit,
     )

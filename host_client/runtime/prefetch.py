@@ -59,7 +59,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Units of one site as they were staged. units: uint32 [n]; values: uint16 [n, rows * cols].
+    """Units of one site as they were staged. units: uint32 [n]; values: uint16 [n, unit bytes / 2].
 
     predicted: what the program chose, resident or not; None when it was not asked.
     """

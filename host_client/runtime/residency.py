@@ -22,8 +22,8 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 class ResidentSite:
     """The resident units of one site.
 
-    units: uint32 [n] ascending; values: uint16 [n, rows * cols]; position: int32 [count], where in
-    `values` each unit of the site lies, -1 when it does not; missing: uint32, the other units.
+    units: uint32 [n] ascending; values: uint16 [n, unit bytes / 2]; position: int32 [count], where
+    in `values` each unit of the site lies, -1 when it does not; missing: uint32, the other units.
     """
 
     site: Site
@@ -75,7 +75,7 @@ def load_resident(
 def _index(site: Site, units: U32, buffer: Buffer) -> ResidentSite:
     position = np.full(site.count, -1, np.int32)
     position[units] = np.arange(units.size, dtype=np.int32)
-    values = buffer.array.view(np.uint16).reshape(units.size, site.rows * site.cols)
+    values = buffer.array.reshape(units.size, site.unit_bytes).view(np.uint16)
     missing = np.flatnonzero(position < 0).astype(np.uint32)
     return ResidentSite(site, units, values, position, missing)
 

@@ -51,10 +51,10 @@ class StagedExperts(nn.Module):
         sent = np.ascontiguousarray(x[rows])
         activity = np.empty((rows.size, units.size), np.float32) if self.observer else None
         part = np.zeros_like(sent)
-        kernels.neurons(sent, values, None, part, self._engine.bf16, activity)
+        site = self._experts.sites[self._layer][expert]
+        kernels.neurons(sent, values, None, part, self._engine.encoding(site), activity)
         out[rows] += part * weights[:, None]
         if self.observer is not None and activity is not None:
-            site = self._experts.sites[self._layer][expert]
             self.observer(self._engine.model.program_layer(site), units, activity)
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csd_protocol.low_bit_units import GROUP
 from csd_protocol.packed import (
     BLOCK_BYTES,
     COPIES_MAX,
@@ -60,7 +61,8 @@ def manifests(draw: st.DrawFn) -> PackedModel:
     sites: list[Site] = []
     for role in draw(st.lists(st.sampled_from(Role), min_size=1, max_size=6)):
         first_crc = sites[-1].first_crc + sites[-1].count if sites else 0
-        rows, cols = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+        bits = draw(st.sampled_from([16, 16, 8, 4]))
+        rows, cols = draw(st.integers(1, 9)), draw(st.integers(1, 9)) * (1 if bits == 16 else GROUP)
         parts = (Part(name="all", shape=(rows, cols)),) if draw(st.booleans()) else ()
         sites.append(
             Site(
@@ -75,6 +77,7 @@ def manifests(draw: st.DrawFn) -> PackedModel:
                 offset_bytes=draw(st.integers(0, 1 << 30)) * BLOCK_BYTES,
                 first_crc=first_crc,
                 parts=parts,
+                bits=bits,
             )
         )
     placed = draw(st.booleans())
@@ -160,7 +163,10 @@ def test_a_manifest_is_read_back(model: PackedModel) -> None:
     data = encode_manifest(model)
     assert decode_manifest(data) == model
     assert decode_manifest(data.ljust(align_up(len(data), BLOCK_BYTES), b"\0")) == model
-    assert model.weights_bytes == sum(s.count * s.rows * s.cols * 2 for s in model.sites)
+    assert model.weights_bytes_16bit == sum(s.count * s.rows * s.cols * 2 for s in model.sites)
+    assert model.weights_bytes == sum(
+        s.count * s.rows * s.cols * {16: 64, 8: 34, 4: 20}[s.bits] // 32 for s in model.sites
+    )
 
 
 @given(manifests(), st.data())
@@ -206,7 +212,7 @@ def test_a_manifest_has_the_oldest_version_that_can_say_it(model: PackedModel) -
     data = bytearray(encode_manifest(model))
     written = data[8]
     older = 3 if model.extended else 1 if model.copies == 1 else 2
-    assert written == (4 if model.calibrated else older)
+    assert written == (4 if model.calibrated or model.low_bit else older)
     for other in {1, 2, 3, 4} - {written}:
         data[8] = other
         with pytest.raises(FormatError, match=r"do not go with format version"):
@@ -215,6 +221,16 @@ def test_a_manifest_has_the_oldest_version_that_can_say_it(model: PackedModel) -
     reads = r"version 5; this version reads 1 and 2 and 3 and 4\. Pack again"
     with pytest.raises(FormatError, match=reads):
         decode_manifest(bytes(data))
+
+
+@given(manifests())
+def test_rows_of_levels_are_whole_groups(model: PackedModel) -> None:
+    for site in model.sites:
+        if site.bits < 16 and not site.parts:
+            odd = site.model_copy(update={"cols": site.cols - 1})
+            sites = tuple(odd if other is site else other for other in model.sites)
+            with pytest.raises(FormatError, match=r"are not whole groups of 32"):
+                decode_manifest(encode_manifest(model.model_copy(update={"sites": sites})))
 
 
 def test_another_format_version_says_so() -> None:

@@ -18,7 +18,7 @@ from csd_device.config import load_config
 from csd_device.drive import Drive as DeviceDrive
 from csd_device.service.endpoint import Endpoint
 from csd_protocol.opcodes import Cns
-from csd_protocol.packed import PackedModel
+from csd_protocol.packed import Bits, PackedModel
 from csd_protocol.units import MIB
 from host_client import CsdModelForCausalLM
 from host_client.driver import Drive
@@ -128,12 +128,13 @@ class Lab:
     drive: Drive
     image: Path  # the NAND's bytes
     copies: int = 1  # in which models are packed
+    bits: Bits = 16  # of their units
     opened: list[PreTrainedModel] = field(default_factory=list)
 
     def packed(self, name: str) -> tuple[int, PackedModel]:
         if name not in self._names():
             with SafetensorsFolder(self.zoo.folder(name)) as checkpoint:
-                pack(checkpoint, self.drive, name, copies=self.copies)
+                pack(checkpoint, self.drive, name, bits=self.bits, copies=self.copies)
         return open_model(self.drive, name)
 
     def open(self, name: str, dram: str | int = AMPLE_BYTES, *args: Any, **settings: Any) -> Any:

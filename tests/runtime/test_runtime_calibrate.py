@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from csd_protocol.packed import Role
+from csd_protocol.packed import Bits, Role
 from csd_protocol.program_file import encode_frequency
 from host_client.calibrate.losses import Losses
 from host_client.calibrate.predictor import build_frequency, load_predictor, read_down_norms
@@ -377,9 +377,10 @@ def decoded(lab: Any, quality: str) -> tuple[list[int], torch.Tensor]:
     return out.sequences[0].tolist(), torch.cat(out.logits)
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-def test_placing_changes_no_bit_of_the_output(make_lab, copies: int) -> None:
+@pytest.mark.parametrize("copies, bits", [(1, 16), (2, 16), (1, 8), (1, 4)])
+def test_placing_changes_no_bit_of_the_output(make_lab, copies: int, bits: Bits) -> None:
     lab = make_lab(copies=copies)
+    lab.bits = bits
     _, packed = lab.packed(NAME)
     packed = recalibrate(lab.drive, packed, TEXT, silent)
     load_predictors(lab.drive, packed, silent)

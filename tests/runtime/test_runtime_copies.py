@@ -59,12 +59,12 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Flash:
     made = Flash()
     genuine = Ftl.open
 
-    def open_lossy(directory: Any, config: Any, wrap: Any) -> Ftl:
+    def open_lossy(directory: Any, config: Any, wrap: Any, begin: Any) -> Ftl:
         def wrap_lossy(media: Any, superblocks: Any) -> Any:
             made.media.append(Lossy(media))
             return wrap(made.media[-1], superblocks)
 
-        made.ftls.append(genuine(directory, config, wrap_lossy))
+        made.ftls.append(genuine(directory, config, wrap_lossy, begin))
         return made.ftls[-1]
 
     monkeypatch.setattr(Ftl, "open", open_lossy)

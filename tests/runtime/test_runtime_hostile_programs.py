@@ -26,6 +26,7 @@ from csd_protocol.program_file import (
     encode_lowrank,
     encode_mlp,
     encode_oracle,
+    encode_planted,
     encode_rollout,
     encode_shadow,
     encode_svd,
@@ -140,6 +141,9 @@ FILES: dict[ProgramKind, Callable[[Fill], bytes]] = {
         rms_eps=EPS,
     ),
     ProgramKind.ORACLE: lambda f: encode_oracle(NAME, layers(lambda: np.abs(f(UNITS)))),
+    ProgramKind.PLANTED: lambda f: encode_planted(
+        NAME, layers(lambda: np.abs(f(UNITS))), seed=0, overlap=0.5, width=HIDDEN, rank=RANK
+    ),
 }
 
 

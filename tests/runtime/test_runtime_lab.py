@@ -25,7 +25,7 @@ from host_client.calibrate.lab import Lab, Setting
 from host_client.calibrate.low_bit_layers import group_of, round_layer, values_of
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.quality import decoded_losses, dense_truths
-from host_client.calibrate.selection import count_top, top
+from host_client.calibrate.selection import count_top, top, top_by_sorting
 from host_client.model.errors import MissingTensor
 from host_client.model.safetensors_folder import SafetensorsFolder
 from host_client.runtime.head_groups import DENSE_LAYERS_DEFAULT, kept_by_layer
@@ -305,8 +305,8 @@ def test_top_is_what_a_stable_sort_says(count: int) -> None:
     scores[0] = scores[0].mul(2).round()  # many equals
     scores[1, :, ::3] = -torch.inf
     scores[2].mul_(1e-42)  # too small for a normal float32
-    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    expected = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+    expected = top_by_sorting(scores, count)
+    assert (expected.sum(-1) == count).all()
     assert torch.equal(top(scores, count), expected)
     other = torch.rand(scores.shape, generator=dice) < 0.5
     assert count_top(other, scores, count) == int((other & expected).sum())

@@ -35,7 +35,8 @@ NAME = "tied"
 def test_settings_read_as_they_are_written() -> None:
     assert parse("oracle:0.5") == Asked("oracle", AT_FFN, 0.5)
     assert parse("shadow@1:0.1+correct") == Asked("shadow", 1, 0.1, corrected=True, rows=Rows())
-    assert parse("rollout:1").lookahead == 1
+    assert [parse(f"{name}:1").lookahead for name in ("rollout", "mlp", "lowrank")] == [1, 1, 1]
+    assert [parse(f"{name}:1").lookahead for name in ("svd", "farsight")] == [AT_FFN, AT_FFN]
     assert parse("rollout@4:0.33").name == "rollout@4:0.33"
     fewer = parse("rollout@2:0.5+correct+heads=0.67")
     assert fewer == Asked("rollout", 2, 0.5, corrected=True, heads=0.67, rows=Rows())
@@ -107,6 +108,16 @@ def test_the_hottest_units_are_counted_over_all_layers() -> None:
 
 def silent(done: int, total: int) -> None:
     """Progress that nobody watches."""
+
+
+def test_programs_are_built_for_the_settings_that_need_them(lab, tokens_of) -> None:
+    model = DenseModel(SafetensorsFolder(lab.zoo.folder(NAME)))
+    seen = torch.cat([tokens_of(lab, NAME, 16, seed=seed) for seed in range(8)])
+    asked = [parse(text) for text in ("svd:0.5", "lowrank:0.5", "lowrank@2:0.5", "mlp:0.5")]
+    prepared = prepare(model, seen, asked, 0.0, silent)
+    assert set(prepared.programs) == {(row.program, row.lookahead) for row in asked}
+    report = sweep(prepared, seen[:2], asked, silent)
+    assert [outcome.recall > 0.5 for outcome in report.outcomes] == [True] * 4  # half by chance
 
 
 def test_allotted_units_are_as_many_in_all(lab, tokens_of) -> None:
@@ -194,7 +205,12 @@ def test_what_the_lab_says_is_what_a_drive_does(make_lab, tokens_of, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "text, why", [("rollout@1:0.1+correct+bits=3", "rows of the program"), ("shadow:0.5", "ahead")]
+    "text, why",
+    [
+        ("rollout@1:0.1+correct+bits=3", "rows of the program"),
+        ("shadow:0.5", "ahead"),
+        ("svd:0.5", "ahead"),
+    ],
 )
 def test_a_drive_is_not_asked_for_what_it_cannot_do(lab, text: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):

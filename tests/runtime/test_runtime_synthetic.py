@@ -1,7 +1,6 @@
 """Synthetic models on a drive: what is computed on them is real, and so is the traffic."""
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from csd_protocol.packed import Role
+from csd_protocol.packed import Bits, Role
 from csd_protocol.units import MIB
 from host_client.calibrate.packed_checkpoint import PackedCheckpoint
 from host_client.calibrate.planting import OVERLAP, TOKENS, load_router, plant, planted_counts
@@ -35,9 +34,9 @@ MIXTURE = CONFIG | {"model_type": "mixtral", "num_local_experts": 4, "num_expert
 ACTIVE = 0.1
 
 
-def _pack(lab: Any, config: dict[str, Any] = CONFIG) -> Any:
+def _pack(lab: Any, config: dict[str, Any] = CONFIG, bits: Bits = 16) -> Any:
     """On a new drive, with a planted predictor; its number on the drive, and its manifest."""
-    packed = pack(SyntheticCheckpoint("s", config), lab.drive, "s")
+    packed = pack(SyntheticCheckpoint("s", config), lab.drive, "s", bits=bits)
     packed = plant(lab.drive, packed, ACTIVE, seed=5)
     return open_model(lab.drive, "s")[0], packed
 
@@ -54,9 +53,12 @@ def _dense(lab: Any, packed: Any) -> LlamaForCausalLM:
     return model.eval()
 
 
-def test_exact_is_what_transformers_makes_of_the_same_values(make_lab: Any, far_from: Any) -> None:
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_exact_is_what_transformers_makes_of_the_same_values(
+    make_lab: Any, far_from: Any, bits: Bits
+) -> None:
     lab = make_lab()
-    _, packed = _pack(lab)
+    _, packed = _pack(lab, bits=bits)
     ids = random_ids(CONFIG["vocab_size"], 7)
     with torch.inference_mode():
         found = lab.open("s")(ids).logits.float()
@@ -65,9 +67,10 @@ def test_exact_is_what_transformers_makes_of_the_same_values(make_lab: Any, far_
     assert torch.isfinite(found).all()
 
 
-def test_a_drive_stores_next_to_nothing_and_verifies(make_lab: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_drive_stores_next_to_nothing_and_verifies(make_lab: Any, bits: Bits) -> None:
     lab = make_lab()
-    _, packed = _pack(lab)
+    _, packed = _pack(lab, bits=bits)
     lab.drive.flush()
     assert not list(PlainReads(lab.drive, packed).verify(lambda done, total: None))
     stored = lab.image.stat().st_blocks * 512

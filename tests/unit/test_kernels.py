@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from csd_protocol.low_bit_units import decode_rows
+from host_client.model.unit_bits import rounded
 from host_client.runtime import kernels
+from host_client.runtime.row_arithmetic import Encoding
 
+ENCODINGS = {False: Encoding.HALF, True: Encoding.BFLOAT16}
 DTYPES = {False: torch.float16, True: torch.bfloat16}
 
 
@@ -43,7 +47,7 @@ def test_neurons_add_what_the_dense_ffn_gives(
     x, out = make_floats(tokens, hidden), make_floats(tokens, hidden, seed=3)
     before = out.astype(np.float64)
     activity = np.empty((tokens, count), np.float32)
-    kernels.neurons(x, bits, None, out, bf16, activity)
+    kernels.neurons(x, bits, None, out, ENCODINGS[bf16], activity)
     acts = true_activations(x, units)
     assert_close(out, before + acts @ units[:, 2 * hidden :])
     assert_close(activity, np.abs(acts))
@@ -55,7 +59,7 @@ def test_neurons_of_some_rows_are_those_rows_alone(tokens: int) -> None:
     rows = np.random.default_rng(1).choice(300, 101, replace=False)
     x, out = make_floats(tokens, 96), np.zeros((tokens, 96), np.float32)
     activity = np.empty((x.shape[0], 101), np.float32)
-    kernels.neurons(x, bits, rows, out, False, activity)
+    kernels.neurons(x, bits, rows, out, Encoding.HALF, activity)
     acts = true_activations(x, units[rows])
     assert_close(out, acts @ units[rows, 192:])
     assert_close(activity, np.abs(acts))
@@ -70,7 +74,7 @@ def test_rows_dot_is_a_matrix_product(bf16: bool, tokens: int, count: int) -> No
     x = make_floats(tokens, 576)
     for picked, reference in ((None, weights), (rows, weights[rows])):
         out = np.full((tokens, reference.shape[0]), np.nan, np.float32)
-        kernels.rows_dot(x, bits, picked, out, bf16)
+        kernels.rows_dot(x, bits, picked, out, ENCODINGS[bf16])
         assert_close(out, x.astype(np.float64) @ reference.T)
 
 
@@ -83,15 +87,49 @@ def test_rows_axpy_adds_a_matrix_product(bf16: bool, tokens: int, count: int) ->
     for picked, reference in ((None, weights), (rows, weights[rows])):
         a, out = make_floats(tokens, reference.shape[0]), make_floats(tokens, 576, seed=5)
         before = out.astype(np.float64)
-        kernels.rows_axpy(a, bits, picked, out, bf16)
+        kernels.rows_axpy(a, bits, picked, out, ENCODINGS[bf16])
         assert_close(out, before + a.astype(np.float64) @ reference)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+@pytest.mark.parametrize("hidden,count", [(32, 40), (576, 1536)])
+def test_levels_give_what_their_values_give(
+    bits: int, tokens: int, hidden: int, count: int
+) -> None:
+    encoding = {8: Encoding.LEVELS_8, 4: Encoding.LEVELS_4}[bits]
+    rows = rounded(make_floats(3 * count, hidden, seed=8) * np.float32(0.05), bits)
+    values = decode_rows(rows, hidden, bits)
+    units, words = values.reshape(count, -1), rows.view(np.uint16)
+    x, out = make_floats(tokens, hidden), np.zeros((tokens, hidden), np.float32)
+    kernels.neurons(x, words.reshape(count, -1), None, out, encoding)
+    assert_close(out, true_activations(x, units) @ units[:, 2 * hidden :])
+    picked = np.random.default_rng(2).permutation(3 * count)[: count + 1]
+    for chosen, reference in ((None, values), (picked, values[picked])):
+        products = np.empty((tokens, reference.shape[0]), np.float32)
+        kernels.rows_dot(x, words, chosen, products, encoding)
+        assert_close(products, x.astype(np.float64) @ reference.T)
+        sums = np.ones((tokens, hidden), np.float32)
+        kernels.rows_axpy(products, words, chosen, sums, encoding)
+        assert_close(sums, 1 + products.astype(np.float64) @ reference)
+        widened = np.empty(reference.shape, np.float32)
+        kernels.widen_rows(words, chosen, widened, encoding)
+        np.testing.assert_allclose(widened, reference, rtol=1e-6, atol=1e-8)
+
+
+def test_rows_of_levels_that_do_not_fit_are_refused() -> None:
+    rows = rounded(make_floats(10, 64), 4).view(np.uint16)
+    with pytest.raises(ValueError, match="weights must be"):
+        kernels.rows_dot(make_floats(1, 64), rows, None, make_floats(1, 10), Encoding.LEVELS_8)
+    with pytest.raises(ValueError, match="whole groups"):
+        kernels.rows_dot(make_floats(1, 63), rows, None, make_floats(1, 10), Encoding.LEVELS_4)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp16", "bf16"])
 def test_every_16_bit_pattern_widens_as_torch_widens_it(bf16: bool) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
     out = np.empty((256, 256), np.float32)
-    kernels.widen_rows(bits, None, out, bf16)
+    kernels.widen_rows(bits, None, out, ENCODINGS[bf16])
     expected = torch.from_numpy(bits.view(np.int16)).view(DTYPES[bf16]).float().numpy()
     np.testing.assert_array_equal(out, expected)
 
@@ -100,7 +138,7 @@ def test_widen_rows_gathers_in_the_order_asked() -> None:
     bits, values = make_weights(50, 32, True)
     rows = np.array([49, 0, 0, 7])
     out = np.empty((4, 32), np.float32)
-    kernels.widen_rows(bits, rows, out, True)
+    kernels.widen_rows(bits, rows, out, Encoding.BFLOAT16)
     np.testing.assert_array_equal(out, values[rows].astype(np.float32))
 
 
@@ -111,7 +149,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     for threads in (1, numba.config.NUMBA_NUM_THREADS):
         numba.set_num_threads(threads)
         out = np.zeros((2, 576), np.float32)
-        kernels.neurons(x, bits, None, out, False)
+        kernels.neurons(x, bits, None, out, Encoding.HALF)
         results.append(out)
     np.testing.assert_array_equal(results[0], results[1])
     assert numba.threading_layer() == "workqueue"  # whose threads sleep between calls
@@ -122,7 +160,7 @@ def test_no_rows_add_nothing() -> None:
     none = np.empty(0, np.int64)
     for tokens in (1, 12):
         out = np.ones((tokens, 64), np.float32)
-        kernels.neurons(make_floats(tokens, 64), bits, none, out, False)
+        kernels.neurons(make_floats(tokens, 64), bits, none, out, Encoding.HALF)
         assert (out == 1).all()
 
 
@@ -131,7 +169,7 @@ def test_nan_and_infinity_are_not_swallowed() -> None:
     x = make_floats(1, 64)
     x[0, 3] = np.nan
     out = np.zeros((1, 10), np.float32)
-    kernels.rows_dot(x, bits, None, out, False)
+    kernels.rows_dot(x, bits, None, out, Encoding.HALF)
     assert np.isnan(out).all()
 
 
@@ -147,19 +185,19 @@ def test_nan_and_infinity_are_not_swallowed() -> None:
 def test_rows_that_do_not_fit_are_refused(rows: np.ndarray, message: str) -> None:
     bits, _ = make_weights(10, 3 * 64, False)
     with pytest.raises(ValueError, match=message):
-        kernels.neurons(make_floats(1, 64), bits, rows, make_floats(1, 64), False)
+        kernels.neurons(make_floats(1, 64), bits, rows, make_floats(1, 64), Encoding.HALF)
 
 
 def test_shapes_types_and_layouts_that_do_not_fit_are_refused() -> None:
     bits, _ = make_weights(10, 3 * 64, False)
     x, out = make_floats(1, 64), make_floats(1, 64)
     with pytest.raises(ValueError, match="uint16"):
-        kernels.neurons(x, bits.astype(np.float32), None, out, False)
+        kernels.neurons(x, bits.astype(np.float32), None, out, Encoding.HALF)
     with pytest.raises(ValueError, match="weights must be"):
-        kernels.rows_dot(x, bits, None, out, False)
+        kernels.rows_dot(x, bits, None, out, Encoding.HALF)
     with pytest.raises(ValueError, match="out must be"):
-        kernels.neurons(x, bits, None, make_floats(2, 64), False)
+        kernels.neurons(x, bits, None, make_floats(2, 64), Encoding.HALF)
     with pytest.raises(ValueError, match="x must be"):
-        kernels.neurons(make_floats(1, 128)[:, ::2], bits, None, out, False)
+        kernels.neurons(make_floats(1, 128)[:, ::2], bits, None, out, Encoding.HALF)
     with pytest.raises(ValueError, match="C-contiguous"):
-        kernels.rows_dot(x, bits[:, :64], None, make_floats(1, 10), False)
+        kernels.rows_dot(x, bits[:, :64], None, make_floats(1, 10), Encoding.HALF)

@@ -13,6 +13,9 @@ from gguf import GGUFWriter, quants
 from transformers import LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from csd_protocol.low_bit_units import decode_rows
+from csd_protocol.packed import Role
+from host_client.model.catalog import read_units
 from host_client.model.errors import (
     InvalidConfig,
     MissingTensor,
@@ -22,6 +25,7 @@ from host_client.model.errors import (
     UnsupportedModel,
 )
 from host_client.model.gguf_file import GgufFile
+from host_client.model.packer import pack
 
 _NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -98,6 +102,43 @@ def test_tensors_equal_what_transformers_loads(
             assert checkpoint.shape(name) == tuple(expected.shape)
             rows = checkpoint.read_rows(name, 0, expected.shape[0])
             assert torch.equal(rows.float(), expected.float()), name
+
+
+@pytest.mark.parametrize("quantisation, bits", [("Q8_0", 8), ("Q4_0", 4), ("Q4_1", 4)])
+def test_levels_stand_for_the_very_values(
+    quantisation: str, bits: int, tiny_model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model, Quantisation[quantisation])
+    with GgufFile(path) as checkpoint:
+        for name in ("mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj"):
+            tensor = f"model.layers.1.{name}.weight"
+            levels = checkpoint.levels(tensor)
+            assert levels is not None
+            assert levels.bits == bits
+            values = checkpoint.read_rows(tensor, 3, 21)
+            rows = levels.read(3, 21)
+            assert np.array_equal(decode_rows(rows, values.shape[1], bits), values.numpy())
+        assert checkpoint.levels("model.norm.weight") is None
+
+
+def test_units_keep_the_files_own_levels(
+    ram_drive: Any, tiny_model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model, Quantisation.Q4_1)
+    with GgufFile(path) as checkpoint:
+        packed = pack(checkpoint, ram_drive, "tiny", bits=4)
+        for role, tensor, row in (
+            (Role.FFN, "mlp.gate_proj", 0),
+            (Role.FFN, "mlp.up_proj", 1),
+            (Role.HEADS, "self_attn.q_proj", 0),
+        ):
+            site = packed.find(role, 1)
+            units = read_units(ram_drive, site, 0, site.count).view(np.uint8)[:, row]
+            rows = checkpoint.shape(f"model.layers.1.{tensor}.weight")[0] // site.count
+            values = checkpoint.read_rows(f"model.layers.1.{tensor}.weight", 0, rows * site.count)
+            assert np.array_equal(
+                decode_rows(np.ascontiguousarray(units), site.cols, 4), values[::rows].numpy()
+            )
 
 
 @pytest.mark.parametrize("start, stop", [(0, 1), (3, 21), (16, 32), (63, 64), (0, 64)])

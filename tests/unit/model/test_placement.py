@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from csd_protocol.crc32c import crc32c_units
-from csd_protocol.packed import MODEL_ALIGN_BYTES, PackedModel, Role, Site
+from csd_protocol.packed import MODEL_ALIGN_BYTES, Bits, PackedModel, Role, Site
 from host_client.model import layout
 from host_client.model.calibration_record import Calibration, calibration_bytes
 from host_client.model.catalog import (
@@ -57,10 +57,10 @@ def place(drive: Any, told: Callable[..., None] = lambda *_: None, **options: An
 
 @pytest.fixture
 def pack_tiny(tiny_folder: Path, make_drive: Any) -> Callable[..., Any]:
-    def packed(copies: int = 1, calibrated: bool = True) -> Any:
+    def packed(copies: int = 1, calibrated: bool = True, bits: Bits = 16) -> Any:
         drive = make_drive(DRIVE_BYTES)
         with SafetensorsFolder(tiny_folder) as checkpoint:
-            pack(checkpoint, drive, "tiny", copies=copies)
+            pack(checkpoint, drive, "tiny", bits=bits, copies=copies)
         if calibrated:
             store_frequencies(drive, "tiny", COUNTS, 7, calibration())
         drive.forget()
@@ -83,9 +83,11 @@ def check(drive: Any, model: PackedModel, expected: dict[int, np.ndarray]) -> No
     assert model.frequency_tokens == 7
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-def test_units_lie_in_the_calibrated_order_and_are_the_same(pack_tiny, copies: int) -> None:
-    drive = pack_tiny(copies)
+@pytest.mark.parametrize("copies, bits", [(1, 16), (2, 16), (1, 8), (2, 4)])
+def test_units_lie_in_the_calibrated_order_and_are_the_same(
+    pack_tiny, copies: int, bits: Bits
+) -> None:
+    drive = pack_tiny(copies, bits=bits)
     identifier, before = open_model(drive, "tiny")
     expected = {site.site: units_of(drive, before, site) for site in before.sites}
     (old,) = list_models(drive)
@@ -93,6 +95,7 @@ def test_units_lie_in_the_calibrated_order_and_are_the_same(pack_tiny, copies: i
     placed = place(drive, lambda *step: told.append(step))
     assert open_model(drive, "tiny") == (identifier, placed)
     assert (placed.placed, placed.fingerprint) == (True, before.fingerprint)
+    assert [site.bits for site in placed.sites] == [site.bits for site in before.sites]
     check(drive, placed, expected)
     for layer, order in enumerate(calibration().order):
         site = placed.find(Role.FFN, layer)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from csd_protocol.crc32c import crc32c_units
-from csd_protocol.packed import PackedModel, Role
-from host_client.model.catalog import open_model
+from csd_protocol.low_bit_units import decode_rows
+from csd_protocol.packed import Bits, PackedModel, Role
+from host_client.model.catalog import open_model, read_units
 from host_client.model.errors import InvalidConfig, ModelNotFound, UnknownFamily
 from host_client.model.families import family_sites
 from host_client.model.packer import pack
@@ -29,6 +30,7 @@ CONFIG = {
     "vocab_size": 301,
     "torch_dtype": "bfloat16",
 }
+LOW_BIT_CONFIG = CONFIG | {"hidden_size": 96}  # whole groups
 # Parameters as their makers count them, in millions, the embedding among them.
 PARAMETERS = {
     "chatglm3-6b": 6_244,
@@ -46,8 +48,9 @@ def test_shapes_have_as_many_parameters_as_the_models(name: str) -> None:
     assert round(values / 1e6) == PARAMETERS[name]
 
 
-def _packed(storage: BlockStorage, seed: int = 0, **options: bool) -> PackedModel:
-    return pack(SyntheticCheckpoint("s", CONFIG, seed), storage, "s", **options)
+def _packed(storage: BlockStorage, seed: int = 0, bits: Bits = 16) -> PackedModel:
+    config = CONFIG if bits == 16 else LOW_BIT_CONFIG
+    return pack(SyntheticCheckpoint("s", config, seed), storage, "s", bits=bits)
 
 
 def _units(storage: BlockStorage, packed: PackedModel, role: Role, layer: int) -> torch.Tensor:
@@ -57,9 +60,10 @@ def _units(storage: BlockStorage, packed: PackedModel, role: Role, layer: int) -
     return values.reshape(site.count, -1).float()
 
 
-def test_every_unit_has_the_checksum_that_was_noted(make_drive: MakeDrive) -> None:
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_every_unit_has_the_checksum_that_was_noted(make_drive: MakeDrive, bits: Bits) -> None:
     storage = make_drive()
-    packed = _packed(storage)
+    packed = _packed(storage, bits=bits)
     table = packed.crc_table
     checksums = np.frombuffer(storage.read(table.offset_bytes, 4096), "<u4")
     for site in packed.sites:
@@ -79,6 +83,19 @@ def test_values_are_as_a_fresh_model_has_them(make_drive: MakeDrive) -> None:
         values = _units(storage, packed, role, 1)
         assert abs(float(values.mean())) < 2e-3
         assert float(values.std()) == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_levels_stand_for_values_of_the_same_spread(make_drive: MakeDrive, bits: Bits) -> None:
+    storage = make_drive()
+    packed = _packed(storage, bits=bits)
+    for role in (Role.HEADS, Role.KV, Role.FFN):
+        site = packed.find(role, 1)
+        assert site.bits == bits
+        words = read_units(storage, site, 0, site.count).reshape(-1, site.row_bytes // 2)
+        values = decode_rows(words.view(np.uint8), site.cols, bits)
+        assert abs(values.mean()) < 2e-3
+        assert values.std() == pytest.approx(0.02, rel=0.05)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_others(make_drive: MakeDrive) -> None:

@@ -1,0 +1,270 @@
+"""What kernels do with one row of weights, whatever it is encoded in: products, sums, widening.
+
+An `Encoding` is carried into compiled code by the type of the array that holds the rows, so the
+loops of `kernels` are written once and compiled for each. Rows of levels (`low_bit_units`) are
+decoded group by group in registers: the intrinsics below say each vector instruction, as loops over
+groups of 32 half bytes are more than compilers make vectors of by themselves. Everything is summed
+in float32, and values are what their levels stand for: nothing is rounded on the way.
+"""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from csd_protocol.low_bit_units import GROUP
+from csd_protocol.packed import Bits, Site, row_bytes
+
+U16 = npt.NDArray[np.uint16]
+
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # vectorise sums, but keep NaN and infinity
+
+
+class Encoding(Enum):
+    """How the bytes of a row stand for values; the value is what compiled code sees them as."""
+
+    HALF = np.dtype(np.uint16)
+    BFLOAT16 = np.dtype(np.int16)
+    LEVELS_8 = np.dtype(np.int8)
+    LEVELS_4 = np.dtype(np.uint8)
+
+    @classmethod
+    def of(cls, site: Site, dtype: Literal["float16", "bfloat16"]) -> "Encoding":
+        """Of a site's rows; dtype: of the model's 16-bit values."""
+        if site.bits == 16:
+            return cls.BFLOAT16 if dtype == "bfloat16" else cls.HALF
+        return cls.LEVELS_8 if site.bits == 8 else cls.LEVELS_4
+
+    def row_words(self, columns: int) -> int:
+        """16-bit words of a row of so many values."""
+        return row_bytes(columns, _BITS.get(self, 16)) // 2
+
+    def typed(self, rows: U16) -> Any:
+        """Rows [count, words] as compiled code takes them."""
+        return rows.view(self.value)
+
+
+_BITS: dict[Encoding, Bits] = {Encoding.LEVELS_8: 8, Encoding.LEVELS_4: 4}
+
+# ---- one row -----------------------------------------------------------------------------------
+
+
+def dot(x: Any, row: Any) -> Any:
+    """x . row, float32."""
+    raise NotImplementedError("compiled only")
+
+
+def add_scaled(total: Any, scale: Any, row: Any) -> None:
+    """total += scale * row."""
+    raise NotImplementedError("compiled only")
+
+
+def widen(row: Any, out: Any) -> None:
+    """out = row as float32."""
+    raise NotImplementedError("compiled only")
+
+
+def _holds_levels(row: Any) -> bool:
+    return row.dtype in _LEVEL_BITS
+
+
+@overload(dot, jit_options={"fastmath": FAST})
+def _dot(x: Any, row: Any) -> Callable[[Any, Any], Any]:
+    if _holds_levels(row):
+
+        def of_levels(x: Any, row: Any) -> Any:
+            return _dot_levels(x, row)
+
+        return of_levels
+
+    def of_16_bits(x: Any, row: Any) -> Any:
+        total = np.float32(0)
+        for column in range(x.shape[0]):
+            total += _widen_16(row[column]) * x[column]
+        return total
+
+    return of_16_bits
+
+
+@overload(add_scaled, jit_options={"fastmath": FAST})
+def _add_scaled(total: Any, scale: Any, row: Any) -> Callable[[Any, Any, Any], None]:
+    if _holds_levels(row):
+
+        def of_levels(total: Any, scale: Any, row: Any) -> None:
+            _add_levels(total, scale, row)
+
+        return of_levels
+
+    def of_16_bits(total: Any, scale: Any, row: Any) -> None:
+        for column in range(total.shape[0]):
+            total[column] += scale * _widen_16(row[column])
+
+    return of_16_bits
+
+
+@overload(widen)
+def _widen(row: Any, out: Any) -> Callable[[Any, Any], None]:
+    if _holds_levels(row):
+
+        def of_levels(row: Any, out: Any) -> None:
+            out[:] = np.float32(0)
+            _add_levels(out, np.float32(1), row)
+
+        return of_levels
+
+    def of_16_bits(row: Any, out: Any) -> None:
+        for column in range(row.shape[0]):
+            out[column] = _widen_16(row[column])
+
+    return of_16_bits
+
+
+@intrinsic
+def _widen_16(typing_context: Any, bits: Any) -> Any:
+    """16 bits to float32: int16 holds a bfloat16, uint16 an IEEE half."""
+    is_bfloat = bits == types.int16
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if is_bfloat:
+            word = builder.zext(arguments[0], ir.IntType(32))
+            shifted = builder.shl(word, ir.Constant(ir.IntType(32), 16))
+            return builder.bitcast(shifted, ir.FloatType())
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+# ---- levels ------------------------------------------------------------------------------------
+
+_LANES = GROUP // 2  # a group is two vectors of these
+_BYTE, _INT, _INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_FLOAT = ir.FloatType()
+_BYTES, _INTS = ir.VectorType(_BYTE, _LANES), ir.VectorType(_INT, _LANES)
+_FLOATS = ir.VectorType(_FLOAT, _LANES)
+_FLAGS = ("reassoc", "contract", "nsz", "arcp")
+
+
+_LEVEL_BITS = {types.int8: 8, types.uint8: 4}
+
+
+class _Row:
+    """Instructions that read one low-bit row of `columns` values."""
+
+    def __init__(self, builder: Any, row: Any, columns: Any, bits: int) -> None:
+        self._builder, self._bits = builder, bits
+        self._group_bytes = GROUP * bits // 8
+        self._bytes = builder.bitcast(row, _BYTE.as_pointer())
+        self.groups = builder.udiv(columns, _INDEX(GROUP))
+        self._scales = builder.mul(self.groups, _INDEX(self._group_bytes))
+        self._minima = builder.add(self._scales, builder.mul(self.groups, _INDEX(2)))
+
+    def scale(self, group: Any) -> Any:
+        return self._number(self._scales, group)
+
+    def minimum(self, group: Any) -> Any:
+        """None: 8-bit levels have none."""
+        return self._number(self._minima, group) if self._bits == 4 else None
+
+    def halves(self, group: Any) -> tuple[Any, Any]:
+        """The levels of a group as two vectors of floats."""
+        builder = self._builder
+        at = builder.mul(group, _INDEX(self._group_bytes))
+        first = _load(builder, self._bytes, at, _BYTES)
+        if self._bits == 8:
+            second = _load(builder, self._bytes, builder.add(at, _INDEX(_LANES)), _BYTES)
+            low, high = builder.sext(first, _INTS), builder.sext(second, _INTS)
+        else:
+            both = builder.zext(first, _INTS)
+            low = builder.and_(both, _INTS([15] * _LANES))
+            high = builder.lshr(both, _INTS([4] * _LANES))
+        return builder.sitofp(low, _FLOATS), builder.sitofp(high, _FLOATS)
+
+    def _number(self, start: Any, group: Any) -> Any:
+        """A group's float16, widened."""
+        at = self._builder.add(start, self._builder.mul(group, _INDEX(2)))
+        return self._builder.fpext(_load(self._builder, self._bytes, at, ir.HalfType()), _FLOAT)
+
+
+def _load(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
+    """What lies `offset` items behind `base`, aligned or not."""
+    pointer = builder.bitcast(builder.gep(base, [offset]), kind.as_pointer())
+    return builder.load(pointer, align=1)
+
+
+def _spread(builder: Any, value: Any) -> Any:
+    """The same float in all lanes."""
+    undefined = _FLOATS(ir.Undefined)
+    single = builder.insert_element(undefined, value, _INT(0))
+    return builder.shuffle_vector(single, undefined, _INTS([0] * _LANES))
+
+
+def _floats_of(context: Any, builder: Any, kind: Any, array: Any) -> tuple[Any, Any]:
+    """Pointer and length of a float32 vector."""
+    made = context.make_array(kind)(context, builder, array)
+    return made.data, cgutils.unpack_tuple(builder, made.shape, 1)[0]
+
+
+def _row_of(context: Any, builder: Any, kind: Any, array: Any, columns: Any) -> _Row:
+    data = context.make_array(kind)(context, builder, array).data
+    return _Row(builder, data, columns, _LEVEL_BITS[kind.dtype])
+
+
+@intrinsic
+def _dot_levels(typing_context: Any, x: Any, row: Any) -> Any:
+    """x . row: each group's products times its scale, and its inputs times its minimum."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        inputs, columns = _floats_of(context, builder, x, arguments[0])
+        levels = _row_of(context, builder, row, arguments[1], columns)
+        sums = cgutils.alloca_once_value(builder, _FLOATS([0.0] * _LANES))
+        with cgutils.for_range(builder, levels.groups) as loop:
+            at = builder.mul(loop.index, _INDEX(GROUP))
+            low, high = levels.halves(loop.index)
+            first = _load(builder, inputs, at, _FLOATS)
+            second = _load(builder, inputs, builder.add(at, _INDEX(_LANES)), _FLOATS)
+            products = builder.fmul(low, first, _FLAGS)
+            products = builder.fadd(products, builder.fmul(high, second, _FLAGS), _FLAGS)
+            scale, minimum = levels.scale(loop.index), levels.minimum(loop.index)
+            added = builder.fmul(products, _spread(builder, scale), _FLAGS)
+            if minimum is not None:
+                both = builder.fadd(first, second, _FLAGS)
+                shift = builder.fmul(both, _spread(builder, minimum), _FLAGS)
+                added = builder.fadd(added, shift, _FLAGS)
+            builder.store(builder.fadd(builder.load(sums), added, _FLAGS), sums)
+        kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
+        name = f"llvm.vector.reduce.fadd.v{_LANES}f32"
+        together = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(together, [_FLOAT(0.0), builder.load(sums)], fastmath=_FLAGS)
+
+    return types.float32(x, row), generate
+
+
+@intrinsic
+def _add_levels(typing_context: Any, total: Any, scale: Any, row: Any) -> Any:
+    """total += scale * row."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, columns = _floats_of(context, builder, total, arguments[0])
+        levels = _row_of(context, builder, row, arguments[2], columns)
+        with cgutils.for_range(builder, levels.groups) as loop:
+            factor = builder.fmul(arguments[1], levels.scale(loop.index), _FLAGS)
+            minimum = levels.minimum(loop.index)
+            for half, values in enumerate(levels.halves(loop.index)):
+                start = builder.mul(loop.index, _INDEX(GROUP))
+                at = builder.add(start, _INDEX(half * _LANES))
+                summed = _load(builder, sums, at, _FLOATS)
+                added = builder.fmul(values, _spread(builder, factor), _FLAGS)
+                if minimum is not None:
+                    shift = builder.fmul(arguments[1], minimum, _FLAGS)
+                    added = builder.fadd(added, _spread(builder, shift), _FLAGS)
+                pointer = builder.bitcast(builder.gep(sums, [at]), _FLOATS.as_pointer())
+                builder.store(builder.fadd(summed, added, _FLAGS), pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.none(total, scale, row), generate

@@ -2,7 +2,7 @@
 
 Leases are first fit over a list of free pieces, ordered by offset and coalesced on release; offsets
 are multiples of 64 bytes. The memory is reserved when the window opens, so that a full tmpfs is a
-message then and not a bus error later.
+message then and not a bus error later, and is in huge pages where the kernel has them to give.
 """
 
 import errno
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from csd_device.dram.huge_pages import collapse
 from csd_device.errors import DriveRefused, NoLease, WindowFull, WindowGone
 from csd_protocol.units import format_size
 
@@ -145,6 +146,7 @@ class Window:
 
     def _open(self) -> None:
         self._file = _create(self.path, self.size_bytes)
+        collapse(self._file, self.size_bytes)
         self._map = mmap.mmap(self._file, self.size_bytes)
         self._bytes = np.frombuffer(self._map, np.uint8)
 

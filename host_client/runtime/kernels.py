@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit, prange
+from numba import config, njit, prange
 
-from host_client.runtime.row_arithmetic import Encoding, add_scaled, dot, widen
+from host_client.runtime.row_arithmetic import Encoding, add_scaled, dot, fetch_ahead, widen
 
 F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
@@ -37,6 +37,7 @@ LANES_MAX = 16
 LANE_BYTES = 4 << 20  # below this a second thread costs the drive and the reader more than it gives
 TILE_BYTES = 2 << 20  # float32 scratch of the wide path
 
+config.THREADING_LAYER = "workqueue"  # OpenMP's threads spin where these sleep, and cores are few
 _parallel_region = threading.Lock()  # numba's work queue takes one parallel call at a time
 
 
@@ -232,11 +233,19 @@ def _neurons_range(
     chunk = np.zeros((tokens, hidden), np.float32)
     for position in range(start, stop):
         row = units[picked[position]]
+        ahead = units[picked[min(position + 1, stop - 1)]]
         for token in range(tokens):
+            is_first = token == 0
+            if is_first:  # a part at a time, or the processor waits for so much at once
+                fetch_ahead(ahead[:width])
             gate = dot(x[token], row[:width])
+            if is_first:
+                fetch_ahead(ahead[width : 2 * width])
             up = dot(x[token], row[width : 2 * width])
             act = gate / (np.float32(1) + np.exp(-gate)) * up  # silu(gate) * up
             activity[token, position] = abs(act)
+            if is_first:
+                fetch_ahead(ahead[2 * width :])
             add_scaled(chunk[token], act, row[2 * width :])
         if (position - start + 1) % CHUNK_ROWS == 0:
             _flush(chunk, total)
@@ -263,6 +272,7 @@ def _neurons_parallel(x: Any, units: Any, picked: Any, out: Any, activity: Any, 
 def _dot_rows(x: Any, weights: Any, picked: Any, out: Any, start: Any, stop: Any) -> None:
     for position in range(start, stop):
         row = weights[picked[position]]
+        fetch_ahead(weights[picked[min(position + 1, stop - 1)]])
         for token in range(x.shape[0]):
             out[token, position] = dot(x[token], row)
 
@@ -281,6 +291,7 @@ def _axpy_range(a: Any, weights: Any, picked: Any, start: Any, stop: Any, total:
     chunk = np.zeros((tokens, columns), np.float32)
     for position in range(start, stop):
         row = weights[picked[position]]
+        fetch_ahead(weights[picked[min(position + 1, stop - 1)]])
         for token in range(tokens):
             add_scaled(chunk[token], a[token, position], row)
         if (position - start + 1) % CHUNK_ROWS == 0:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
@@ -23,6 +23,7 @@ from csd_protocol.packed import Bits, Site, row_bytes
 
 U16 = npt.NDArray[np.uint16]
 
+CACHE_LINE_BYTES = 64
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # vectorise sums, but keep NaN and infinity
 
 
@@ -68,6 +69,17 @@ def add_scaled(total: Any, scale: Any, row: Any) -> None:
 def widen(row: Any, out: Any) -> None:
     """out = row as float32."""
     raise NotImplementedError("compiled only")
+
+
+@njit(nogil=True, cache=True)
+def fetch_ahead(row: Any) -> None:
+    """Has the processor bring a row, or a part of one, into its cache: it is read soon.
+
+    It foresees no more than a page of 4 KiB by itself.
+    """
+    address = row.ctypes.data
+    for at in range(0, row.shape[0] * row.itemsize, CACHE_LINE_BYTES):
+        _prefetch(address + at)
 
 
 def _holds_levels(row: Any) -> bool:
@@ -138,6 +150,18 @@ def _widen_16(typing_context: Any, bits: Any) -> Any:
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(bits), generate
+
+
+@intrinsic
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], _BYTE.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT, _INT, _INT])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [pointer, _INT(0), _INT(2), _INT(1)])  # read; into L2; data
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
 
 
 # ---- levels ------------------------------------------------------------------------------------

@@ -152,6 +152,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         kernels.neurons(x, bits, None, out, Encoding.HALF)
         results.append(out)
     np.testing.assert_array_equal(results[0], results[1])
+    assert numba.threading_layer() == "workqueue"  # whose threads sleep between calls
 
 
 def test_no_rows_add_nothing() -> None:

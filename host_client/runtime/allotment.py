@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from host_client.model.calibration_record import Calibration
+from host_client.runtime.head_groups import kept_fraction
 from host_client.runtime.quality import Quality
 
 F32 = npt.NDArray[np.float32]
@@ -51,4 +52,4 @@ def kept_shares(quality: Quality, calibration: Calibration | None, layers: int) 
         return [quality.kept] * layers
     units = calibration.order.shape[1]
     counts = allotted(calibration, quality.kept)
-    return [(kept - 0.5) / units if kept < units else 1.0 for kept in counts]
+    return [kept_fraction(kept, units) for kept in counts]

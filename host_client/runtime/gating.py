@@ -11,7 +11,7 @@ from typing import Any
 
 from csd_protocol.packed import PackedModel, Role
 from host_client.driver import Drive
-from host_client.runtime.guidance import UNNAMED
+from host_client.runtime.guidance import named_levels
 from host_client.runtime.lookahead import AUTO
 from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import NoPredictor, RequestRefused
@@ -47,12 +47,11 @@ def choose_gating(
     Raises NoPredictor for a kept fraction without any, RequestRefused for a quality that mixtures
     do not have, or a `predictor` or a `far` level by name.
     """
-    for level, kind in (("predictor", predictor), ("far", None if far in UNNAMED else far)):
-        if kind is not None:
-            raise RequestRefused(
-                f"{level} {kind}: {packed.name} is a mixture of experts, which takes a gate and a "
-                f"program within its experts as they are loaded. Leave the {level} out"
-            )
+    for level, kind in named_levels(predictor, far):
+        raise RequestRefused(
+            f"{level} {kind}: {packed.name} is a mixture of experts, which takes a gate and a "
+            f"program within its experts as they are loaded. Leave the {level} out"
+        )
     if quality.corrected or quality.heads < 1.0:
         raise RequestRefused(
             f"quality {quality}: {packed.name} is a mixture of experts, and neither corrections "

@@ -12,7 +12,7 @@ The *near* program decides what crosses to the host, and so what counts. A *far*
 of layers further ahead into on-drive DRAM (`far_level`): it decides when, never what.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -199,6 +199,14 @@ class Programs:
         return True
 
 
+def named_levels(predictor: str | None, far: str) -> Iterator[tuple[str, str]]:
+    """The levels whose program a user named, and the kinds."""
+    if predictor is not None:
+        yield "predictor", predictor
+    if far not in UNNAMED:
+        yield "far", far
+
+
 def choose_guidance(
     programs: Programs,
     name: str,
@@ -215,12 +223,11 @@ def choose_guidance(
     hold. Raises NoPredictor, RequestRefused.
     """
     if quality.exact:
-        for level, kind in (("predictor", predictor), ("far", None if far in UNNAMED else far)):
-            if kind is not None:
-                raise RequestRefused(
-                    f"{level} {kind}: quality exact needs every neuron, so there is nothing to "
-                    f"predict. Leave the {level} out, or ask for a kept fraction like 0.5"
-                )
+        for level, kind in named_levels(predictor, far):
+            raise RequestRefused(
+                f"{level} {kind}: quality exact needs every neuron, so there is nothing to "
+                f"predict. Leave the {level} out, or ask for a kept fraction like 0.5"
+            )
         return None
     guide = heads = None
     if quality.kept < 1.0:

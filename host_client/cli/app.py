@@ -74,6 +74,11 @@ class Commands(OnDemandGroup):
             "trace",
             "Record what the drive does, for ui.perfetto.dev.",
         ),
+        "overlap": Entry(
+            f"{_CLI}.overlap_commands",
+            "overlap",
+            "Say how much of the drive's work is hidden behind compute, or compute behind it.",
+        ),
         "faults": Entry(
             f"{_CLI}.fault_commands", "app", "Faults of the drive: show, set and clear."
         ),

@@ -15,12 +15,14 @@ from transformers import LlamaForCausalLM
 from csd_protocol.lossless_units import decode_rows as decode_lossless
 from csd_protocol.low_bit_units import GROUP, decode_rows, join_rows, low_bit_row_bytes
 from csd_protocol.packed import Role
+from host_client.cli.reports import plan_verdict
 from host_client.model.catalog import open_model, read_units
 from host_client.model.errors import DifferentModel, UnsupportedModel, ValueOverflow
 from host_client.model.packer import manifest_of, pack
 from host_client.model.safetensors_folder import SafetensorsFolder
 from host_client.model.synthetic import open_synthetic
 from host_client.model.unit_bits import fewer_bits, rounded
+from host_client.runtime.plan import make_plan
 
 values_of = arrays.arrays(
     np.float32,
@@ -156,6 +158,18 @@ def test_fewer_bits_are_those_that_a_model_could_have(
     assert fewer_bits(packed) == [8, 4]
     odd = [site.model_copy(update={"cols": 48}) for site in packed.sites]
     assert fewer_bits(packed.model_copy(update={"sites": tuple(odd)})) == []
+
+
+def test_a_plan_says_that_12_bits_would_do_without_loss() -> None:
+    with open_synthetic("llama3-8b") as made:
+        packed = manifest_of(made, "made")
+    trained = packed.model_copy(update={"source": "elsewhere"})
+    verdict = plan_verdict(trained, make_plan(trained, 13 << 30, 512))
+    assert verdict is not None
+    assert verdict.startswith("At 12 bits (11.5 GiB, pack --bits 12, without loss) all of it would")
+    verdict = plan_verdict(packed, make_plan(packed, 13 << 30, 512))
+    assert verdict is not None
+    assert verdict.startswith("At 8 bits (")
 
 
 def test_other_bits_are_another_model(ram_drive: Any, tiny_folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Submission entries to commands and completions to entries, one of each."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 

@@ -1,6 +1,7 @@
-"""Rows of units at 8 and 4 bits over rows at 16 bits, and over torch's own 4-bit kernel.
+"""Rows of units at 12, 8 and 4 bits over rows at 16 bits, and over torch's own 4-bit kernel.
 
-One hidden state meets all rows of a matrix that is larger than a core's caches, as in decoding.
+One hidden state meets all rows of a matrix that is larger than a core's caches, as in decoding; at
+12 bits, where a value takes more instructions than at 16, also rows that fit into them.
 Ours are in float32, from the bytes as they lie on the drive. torch's kernel takes a layout of its
 own, which staged units would first have to be brought into (that time is not counted), and
 activations in bfloat16. Rounds alternate.
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks.ratio import Ratio
 from benchmarks.stopwatch import medians_of
+from csd_protocol.lossless_units import encode_rows
 from csd_protocol.low_bit_units import GROUP
 from csd_protocol.packed import Bits
 from host_client.model.unit_bits import rounded
@@ -26,8 +28,10 @@ F32 = npt.NDArray[np.float32]
 Run = Callable[[], object]
 
 FLOORS = {8: 1.0, 4: 1.5}
+LOSSLESS_FLOOR, CACHED_FLOOR = 0.9, 0.75
 TORCH_FLOOR = 0.3
 ENCODINGS: dict[Bits, Encoding] = {8: Encoding.LEVELS_8, 4: Encoding.LEVELS_4}
+CACHED_ROWS = 64  # 200 KB in 12 bits
 
 
 def run(tiny: bool) -> list[Ratio]:
@@ -37,7 +41,7 @@ def run(tiny: bool) -> list[Ratio]:
     inputs, out = rng.standard_normal((1, columns), np.float32), np.empty((1, rows), np.float32)
     half = values.astype(np.float16).view(np.uint16)
     wide = partial(kernels.rows_dot, inputs, half, None, out, Encoding.HALF)
-    ratios = []
+    ratios = _of_12_bits(values, inputs, rounds)
     for bits, encoding in ENCODINGS.items():
         words = rounded(values, bits).view(np.uint16)
         ours = partial(kernels.rows_dot, inputs, words, None, out, encoding)
@@ -47,6 +51,23 @@ def run(tiny: bool) -> list[Ratio]:
     against = "torch, int4pack, bfloat16"
     name = "products with rows of 4 bits"
     return [*ratios, _compare(name, rows, ours, theirs, rounds, against, TORCH_FLOOR)]
+
+
+def _of_12_bits(values: F32, inputs: F32, rounds: int) -> list[Ratio]:
+    """Over the same values in bfloat16."""
+    patterns = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
+    half = patterns.view(np.uint16)
+    words = encode_rows(half).view(np.uint16)
+    ratios = []
+    for name, rows, floor in (
+        ("products with rows of 12 bits", len(values), LOSSLESS_FLOOR),
+        ("products with cached rows of 12 bits", min(CACHED_ROWS, len(values)), CACHED_FLOOR),
+    ):
+        out = np.empty((1, rows), np.float32)
+        ours = partial(kernels.rows_dot, inputs, words[:rows], None, out, Encoding.LOSSLESS_12)
+        wide = partial(kernels.rows_dot, inputs, half[:rows], None, out, Encoding.BFLOAT16)
+        ratios.append(_compare(name, rows, ours, wide, rounds, "rows of bfloat16", floor))
+    return ratios
 
 
 def _torch_product(rng: np.random.Generator, inputs: F32, rows: int) -> Run:

@@ -37,6 +37,13 @@ def pack_nibbles(levels: U8) -> U8:
     return packed.reshape(levels.shape[0], -1)
 
 
+def unpack_nibbles(packed: U8) -> U8:
+    """The levels uint8 [rows, cols] of bytes [rows, cols / 2]."""
+    groups = packed.reshape(packed.shape[0], -1, GROUP // 2)
+    levels = np.concatenate([groups & np.uint8(15), groups >> np.uint8(4)], axis=2)
+    return levels.reshape(packed.shape[0], -1)
+
+
 def join_rows(packed: U8, *numbers: F16) -> U8:
     """Rows uint8 [rows, row bytes] of packed levels, and of scales and minima [rows, groups]."""
     parts = [np.ascontiguousarray(part, "<f2").view(np.uint8) for part in numbers]
@@ -46,10 +53,11 @@ def join_rows(packed: U8, *numbers: F16) -> U8:
 def decode_rows(rows: U8, cols: int, bits: int) -> F32:
     """The values float32 [rows, cols] that rows uint8 [rows, row bytes] stand for."""
     count, groups, level_bytes = rows.shape[0], cols // GROUP, cols * bits // 8
-    packed = np.ascontiguousarray(rows[:, :level_bytes]).reshape(count, groups, -1)
+    packed = np.ascontiguousarray(rows[:, :level_bytes])
     numbers = np.ascontiguousarray(rows[:, level_bytes:]).view("<f2").astype(np.float32)
     numbers = numbers.reshape(count, _NUMBERS[bits], groups, 1)
     if bits == 8:
-        return (packed.view(np.int8) * numbers[:, 0]).reshape(count, cols)
-    levels = np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=2)
-    return (levels * numbers[:, 0] + numbers[:, 1]).reshape(count, cols)
+        levels = packed.view(np.int8).reshape(count, groups, GROUP)
+        return (levels * numbers[:, 0]).reshape(count, cols)
+    nibbles = unpack_nibbles(packed).reshape(count, groups, GROUP)
+    return (nibbles * numbers[:, 0] + numbers[:, 1]).reshape(count, cols)

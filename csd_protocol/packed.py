@@ -14,9 +14,10 @@
 
 A *site* is an array of units of one kind, one layer and one size, so the place of a unit is
 `offset_bytes + index * unit_bytes`; in the FFNs of a *placed* model, `offset_bytes + slot[index] *
-unit_bytes` (`csd_protocol.unit_table`). Units hold 16-bit values, row after row, or rows of 8- or
-4-bit levels (`low_bit_units`). A model packed in several copies has all of its sites, and the CRC
-table, once more at each multiple of `copy_stride_bytes`. `docs/FORMAT.md` has the bytes.
+unit_bytes` (`csd_protocol.unit_table`). Units hold 16-bit values, row after row, or rows of them in
+12 bits (`lossless_units`), or of 8- or 4-bit levels (`low_bit_units`). A model packed in several
+copies has all of its sites, and the CRC table, once more at each multiple of `copy_stride_bytes`.
+`docs/FORMAT.md` has the bytes.
 """
 
 import struct
@@ -27,12 +28,14 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from csd_protocol.crc32c import crc32c
+from csd_protocol.lossless_units import COLS_MAX, lossless_row_bytes
 from csd_protocol.low_bit_units import GROUP, low_bit_row_bytes
 
 FORMAT_VERSION: Final = 1
 COPIES_VERSION: Final = 2  # of a manifest with more than one copy
 EXTENDED_VERSION: Final = 3  # of the manifest of a mixture
-NEWEST_VERSION: Final = 4  # of a manifest with a calibration, a placement or units of 8 or 4 bits
+LEVELS_VERSION: Final = 4  # of a manifest with a calibration, a placement or units of 8 or 4 bits
+NEWEST_VERSION: Final = 5  # of a manifest with units of 12 bits
 COPIES_MAX = 4
 BLOCK_BYTES = 4096
 DIRECTORY_SLOT_BYTES = 512 * 1024
@@ -67,8 +70,8 @@ class Role(StrEnum):
     ROUTER = "router"  # of a mixture: a row of the router is an expert
 
 
-Version = Literal[1, 2, 3, 4]
-Bits = Literal[16, 8, 4]
+Version = Literal[1, 2, 3, 4, 5]
+Bits = Literal[16, 12, 8, 4]
 Count = Annotated[int, Field(gt=0)]
 Offset = Annotated[int, Field(ge=0)]
 
@@ -106,7 +109,7 @@ class Site(_Record):
     first_crc: Offset  # index of unit 0 in the CRC table
     parts: tuple[Part, ...] = ()
     expert: int = -1  # of a mixture's layer, whose FFN this is; -1: no expert's
-    bits: Bits = 16  # of each value; below 16: rows as in `low_bit_units`
+    bits: Bits = 16  # of each value; 12: rows as in `lossless_units`; less: in `low_bit_units`
 
     @property
     def values(self) -> int:
@@ -188,8 +191,10 @@ class PackedModel(_Record):
     @property
     def oldest_version(self) -> Version:
         """The oldest format version that can say what the manifest says."""
-        if self.calibrated or self.low_bit:
+        if any(site.bits == 12 for site in self.sites):
             return NEWEST_VERSION
+        if self.calibrated or self.low_bit:
+            return LEVELS_VERSION
         if self.extended:
             return EXTENDED_VERSION
         return FORMAT_VERSION if self.copies == 1 else COPIES_VERSION
@@ -368,6 +373,11 @@ def _check_sites(model: PackedModel) -> None:
                 f"manifest of {model.name}: rows of {site.cols} values of {site.name} are not "
                 f"whole groups of {GROUP}"
             )
+        if site.bits == 12 and (model.dtype == "float16" or site.cols > COLS_MAX):
+            raise FormatError(
+                f"manifest of {model.name}: rows of {site.cols} values of {site.name} in 12 bits, "
+                f"which bfloat16 alone has, {COLS_MAX} at most"
+            )
         first_crc += site.count
     if model.crc_table.length_bytes != 4 * (first_crc + model.slot_count):
         raise FormatError(f"manifest of {model.name}: CRC table does not cover its units")
@@ -400,7 +410,9 @@ def decode_progress(data: bytes) -> Progress | None:
 
 def row_bytes(cols: int, bits: Bits) -> int:
     """Bytes of one row of a unit."""
-    return cols * VALUE_BYTES if bits == 16 else low_bit_row_bytes(cols, bits)
+    if bits == 16:
+        return cols * VALUE_BYTES
+    return lossless_row_bytes(cols) if bits == 12 else low_bit_row_bytes(cols, bits)
 
 
 def align_up(value: int, alignment: int) -> int:

@@ -50,7 +50,7 @@ class PackedCheckpoint:
         return self._find(name)[2].shape
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a tensor: in the 16-bit type that it was packed in, float32 from fewer bits.
+        """Rows of a tensor: in the 16-bit type that it was packed in, float32 of levels.
 
         Raises UnitsLost.
         """
@@ -81,7 +81,8 @@ class PackedCheckpoint:
         words = self._reads.units(site, first, last)
         if site.bits == 16:
             return torch.from_numpy(words.view(np.int16)).view(self._dtype)
-        return widened(self._packed, site, words)
+        values = widened(self._packed, site, words)
+        return values.to(self._dtype) if site.bits == 12 else values
 
     def digest(self) -> str:
         return self._packed.fingerprint

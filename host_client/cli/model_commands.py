@@ -86,7 +86,10 @@ def pack(
     ] = None,
     bits: Annotated[
         UnitBits,
-        typer.Option(help="Of a unit's values; 8 and 4: levels in groups of 32, with scales."),
+        typer.Option(
+            help="Of a unit's values; 12: bfloat16 without loss; 8 and 4: levels in groups of 32, "
+            "with scales."
+        ),
     ] = UnitBits.SIXTEEN,
     copies: Annotated[
         int,
@@ -142,6 +145,8 @@ def pack(
 
 
 def _described(packed: PackedModel, bits: UnitBits) -> str:
+    if bits is UnitBits.TWELVE:
+        return f"{packed.dtype} in 12 bits, without loss"
     return packed.dtype if bits is UnitBits.SIXTEEN else f"levels of {bits.value} bits"
 
 

@@ -117,12 +117,18 @@ class UnitBits(StrEnum):
     """Bits of a unit's values, as an option's choices."""
 
     SIXTEEN = "16"
+    TWELVE = "12"
     EIGHT = "8"
     FOUR = "4"
 
     @property
     def number(self) -> Bits:
-        counts: dict[UnitBits, Bits] = {UnitBits.SIXTEEN: 16, UnitBits.EIGHT: 8, UnitBits.FOUR: 4}
+        counts: dict[UnitBits, Bits] = {
+            UnitBits.SIXTEEN: 16,
+            UnitBits.TWELVE: 12,
+            UnitBits.EIGHT: 8,
+            UnitBits.FOUR: 4,
+        }
         return counts[self]
 
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from csd_protocol.packed import Bits, PackedModel, Role
+from csd_protocol.packed import PackedModel, Role
 from csd_protocol.units import NS_PER_MS, format_ns, format_size
-from host_client.model.unit_bits import weights_bytes_at
+from host_client.model.unit_bits import fewer_bits, weights_bytes_at
 from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.quality import Quality
 from host_client.runtime.token_time import TokenTime
@@ -49,13 +49,13 @@ def plan_verdict(packed: PackedModel, plan: Plan) -> str | None:
             "All of it fits the budget: nothing is staged, and the drive only loads it. It pays "
             "for a model that does not fit."
         )
-    fewer: tuple[Bits, ...] = (8, 4)
-    for bits in (bits for bits in fewer if bits < packed.ffns(0)[0].bits):
+    for bits in fewer_bits(packed):
         size_bytes = weights_bytes_at(packed, bits)
         if plan.fits(size_bytes):
+            loss = ", without loss" if bits == 12 else ""
             return (
-                f"At {bits} bits ({format_size(size_bytes)}, pack --bits {bits}) all of it would "
-                f"fit the budget, and need no drive."
+                f"At {bits} bits ({format_size(size_bytes)}, pack --bits {bits}{loss}) all of it "
+                f"would fit the budget, and need no drive."
             )
     return None
 

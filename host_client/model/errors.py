@@ -46,7 +46,7 @@ class UnsupportedModel(ModelError):
 
 
 class ValueOverflow(ModelError):
-    """A weight that the 16-bit type cannot hold."""
+    """Weights that the 16-bit type, a scale or a row of 12 bits cannot hold."""
 
 
 class DriveTooSmall(ModelError):

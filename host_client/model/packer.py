@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from csd_protocol.crc32c import crc32c, crc32c_units
+from csd_protocol.lossless_units import TooManyPatches, encode_rows
 from csd_protocol.packed import (
     BLOCK_BYTES,
     COPIES_MAX,
@@ -64,7 +65,6 @@ from host_client.model.unit_bits import at_bits, kept_levels, rounded
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
-F32 = npt.NDArray[np.float32]
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, what was written
 Units = Callable[[Site], Iterator[U8]]  # as they are to lie, [n, unit bytes] at a time
@@ -100,8 +100,9 @@ def pack(
         raise UnsupportedModel(f"{copies} copies; a model has 1 to {COPIES_MAX}")
     if BLOCK_BYTES % storage.block_bytes:
         raise UnsupportedModel(f"the drive has blocks of {storage.block_bytes}, not {BLOCK_BYTES}")
-    shapes = at_bits(family_sites(checkpoint), bits, checkpoint)
-    draft = _draft(checkpoint, name, dtype or checkpoint.dtype, bits, copies)
+    dtype = dtype or checkpoint.dtype
+    shapes = at_bits(family_sites(checkpoint), bits, checkpoint, dtype)
+    draft = _draft(checkpoint, name, dtype, bits, copies)
     entry = read_directory(storage).find(name)
     if entry is not None and entry.fingerprint != draft.fingerprint:
         _give_way(storage, entry, checkpoint, replace)
@@ -124,7 +125,7 @@ def manifest_of(checkpoint: Checkpoint, name: str, bits: Bits = 16) -> PackedMod
 
     Raises a ModelError as `pack` does for what does not pack.
     """
-    shapes = at_bits(family_sites(checkpoint), bits, checkpoint)
+    shapes = at_bits(family_sites(checkpoint), bits, checkpoint, checkpoint.dtype)
     return place(_draft(checkpoint, name, checkpoint.dtype, bits, 1), shapes, 0).model
 
 
@@ -470,17 +471,27 @@ class _SiteReader:
         else:
             values = np.empty((*into.shape[:2], self._shape.width), np.uint16)
             self._fill_16bit(piece, start, stop, values)
-            widened = torch.from_numpy(values.view(np.int16)).view(self._dtype).float()
-            rows = self._rounded(piece, widened.reshape(-1, self._shape.width).numpy())
+            rows = self._encoded(piece, start, values.reshape(-1, self._shape.width))
             into[...] = rows.reshape(into.shape)
 
-    def _rounded(self, piece: Piece, values: F32) -> U8:
+    def _encoded(self, piece: Piece, start: int, patterns: U16) -> U8:
+        """Rows as they are to lie, of 16-bit patterns [rows, width]: of units from `start` on."""
+        what = f"{self._checkpoint.source}: tensor {piece.tensor}"
         try:
-            return rounded(values, self._shape.bits)
+            if self._shape.bits == 12:
+                return encode_rows(patterns)
+            widened = torch.from_numpy(patterns.view(np.int16)).view(self._dtype).float()
+            return rounded(widened.numpy(), self._shape.bits)
+        except TooManyPatches as error:
+            line = "column" if piece.columns else "row"
+            raise ValueOverflow(
+                f"{what} cannot be packed at 12 bits: {line} "
+                f"{start * piece.rows_per_unit + error.row} has {error.patches} values with an "
+                f"exponent far from the others', and room for {error.room}. Pack at 16 bits"
+            ) from error
         except ValueError as error:
             raise ValueOverflow(
-                f"{self._checkpoint.source}: tensor {piece.tensor} cannot be packed at "
-                f"{self._shape.bits} bits: {error}. Pack at 16 bits"
+                f"{what} cannot be packed at {self._shape.bits} bits: {error}. Pack at 16 bits"
             ) from error
 
     def _fill_16bit(self, piece: Piece, start: int, stop: int, into: U16) -> None:

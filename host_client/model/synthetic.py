@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csd_protocol.packed import BLOCK_BYTES, VALUE_BYTES, Bits, Site, align_up
+from csd_protocol.packed import BLOCK_BYTES, VALUE_BYTES, Bits, PackedModel, Site, align_up
 from host_client.model.checkpoint import Dtype, StoredLevels
 from host_client.model.errors import InvalidConfig, ModelNotFound
 from host_client.model.families import SiteShape, find_family
@@ -33,6 +33,7 @@ PATTERNS = 256  # blocks, 1 MiB: what a processor's second cache holds
 SEED_DEFAULT = 0
 _SPREAD = 0.02  # standard deviation, where the config does not say
 _LEVEL: dict[Bits, float] = {16: 1.0, 8: 80.0, 4: 8.1}  # values over words, root mean square
+_SOURCE = "synthetic "  # what their source begins with; another's is a path
 _SCALES: Dtype = "float16"
 _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -54,7 +55,7 @@ class SyntheticCheckpoint:
 
     @property
     def source(self) -> str:
-        return f"synthetic {self.name}, seed {self.seed}"
+        return f"{_SOURCE}{self.name}, seed {self.seed}"
 
     def names(self) -> Sequence[str]:
         return list(self._shapes)
@@ -110,6 +111,11 @@ class SyntheticCheckpoint:
 def is_drawn(shape: SiteShape) -> bool:
     """Whether a site of a synthetic model is made of patterns: all but vectors are."""
     return all(len(piece.shape) > 1 for piece in shape.pieces)
+
+
+def is_synthetic(model: PackedModel) -> bool:
+    """Whether a packed model is one of these."""
+    return model.source.startswith(_SOURCE)
 
 
 def shape_names() -> list[str]:

@@ -1,8 +1,10 @@
-"""Units at 8 or 4 bits: which sites have them, and how rows come to their levels.
+"""Units at 12, 8 or 4 bits: which sites have them, and how rows come to their levels.
 
 FFN neurons, heads, keys and values take the bits that were asked for. Rows of the embedding and of
-the output head take 8: every token passes them, and 4 bits there alone cost as much as 4 bits in
-all layers. Norms, biases and routers stay as they are: they are small.
+the output head take 8 in place of 4: every token passes them, and 4 bits there alone cost as much
+as 4 bits in all layers. Norms, biases and routers stay as they are: they are small.
+
+At 12 bits no value changes (`lossless_units`).
 
 Rows that a checkpoint has as levels of the same kind are kept as they are. What is laid down from
 columns (down and output projections) has its groups across the checkpoint's, so it is rounded
@@ -16,12 +18,14 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from csd_protocol.lossless_units import COLS_MAX
 from csd_protocol.low_bit import round_rows
 from csd_protocol.low_bit_units import GROUP, join_rows, pack_nibbles
 from csd_protocol.packed import Bits, PackedModel, Role, row_bytes
-from host_client.model.checkpoint import Checkpoint, StoredLevels
+from host_client.model.checkpoint import Checkpoint, Dtype, StoredLevels
 from host_client.model.errors import UnsupportedModel
 from host_client.model.families import Piece, SiteShape
+from host_client.model.synthetic import SyntheticCheckpoint, is_synthetic
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -30,13 +34,18 @@ _VALUE_MAX = float(np.finfo(np.float16).max)
 _LEVELS_MAX = 15  # of 4 bits
 _SIGN = np.uint8(128)  # what makes a level with its offset added a signed byte
 _AT_BITS = (Role.FFN, Role.HEADS, Role.KV)
-_AT_8_BITS = (Role.EMBED, Role.LM_HEAD)
+_AT_8_BITS_OR_MORE = (Role.EMBED, Role.LM_HEAD)
 
 
 def at_bits(
-    shapes: Sequence[SiteShape], bits: Bits, checkpoint: Checkpoint
+    shapes: Sequence[SiteShape], bits: Bits, checkpoint: Checkpoint, dtype: Dtype
 ) -> tuple[SiteShape, ...]:
-    """The sites as they are packed at so many bits. Raises UnsupportedModel for odd rows."""
+    """The sites as they are packed at so many bits; dtype: of the values that have 16.
+
+    Raises UnsupportedModel for rows, values or a checkpoint that cannot have them.
+    """
+    if bits == 12:
+        _check_lossless(checkpoint, dtype)
     return tuple(_site_at(shape, bits, checkpoint) for shape in shapes)
 
 
@@ -44,15 +53,38 @@ def bits_of(role: Role, bits: Bits) -> Bits:
     """What sites of a role have in a model that is packed at so many bits."""
     if role in _AT_BITS:
         return bits
-    return 8 if role in _AT_8_BITS and bits < 16 else 16
+    return max(bits, 8) if role in _AT_8_BITS_OR_MORE else 16
+
+
+def fewer_bits(model: PackedModel) -> list[Bits]:
+    """The bits below its own that a model could be packed at, most first."""
+    ffn = model.ffns(0)[0]
+    could: list[Bits] = [8, 4]
+    if model.dtype == "bfloat16" and not is_synthetic(model):
+        could.insert(0, 12)
+    return [bits for bits in could if bits < ffn.bits and ffn.cols % GROUP == 0]
 
 
 def weights_bytes_at(model: PackedModel, bits: Bits) -> int:
-    """What all units of a model would take, packed at so many bits; where its rows allow it."""
+    """What all units of a model would take, packed at so many bits, of `fewer_bits`."""
     return sum(
         site.count * site.rows * row_bytes(site.cols, bits_of(site.role, bits))
         for site in model.sites
     )
+
+
+def _check_lossless(checkpoint: Checkpoint, dtype: Dtype) -> None:
+    if isinstance(checkpoint, SyntheticCheckpoint):
+        raise UnsupportedModel(
+            f"{checkpoint.source}: its blocks are drawn, and begin anywhere in a row; a row of 12 "
+            "bits has a beginning and an end. Pack at 16, 8 or 4 bits"
+        )
+    if dtype == "float16":
+        raise UnsupportedModel(
+            f"{checkpoint.source}: 12 bits hold bfloat16 without loss, and would not hold float16, "
+            "which has three bits of exponent less to save and three of mantissa more. Pack at 16 "
+            "bits; or, rounded to bfloat16 first, with --dtype bfloat16"
+        )
 
 
 def _site_at(shape: SiteShape, bits: Bits, checkpoint: Checkpoint) -> SiteShape:
@@ -61,6 +93,11 @@ def _site_at(shape: SiteShape, bits: Bits, checkpoint: Checkpoint) -> SiteShape:
         raise UnsupportedModel(
             f"{checkpoint.source}: rows of {shape.cols} values do not divide into groups of "
             f"{GROUP}, as units at {bits} bits need. Pack at 16 bits"
+        )
+    if found == 12 and shape.cols > COLS_MAX:
+        raise UnsupportedModel(
+            f"{checkpoint.source}: rows of {shape.cols} values; at 12 bits a row has {COLS_MAX} at "
+            "most. Pack at 16 bits"
         )
     return replace(shape, bits=found)
 

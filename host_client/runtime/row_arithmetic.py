@@ -1,13 +1,15 @@
 """What kernels do with one row of weights, whatever it is encoded in: products, sums, widening.
 
 An `Encoding` is carried into compiled code by the type of the array that holds the rows, so the
-loops of `kernels` are written once and compiled for each. Rows of levels (`low_bit_units`) are
-decoded group by group in registers: the intrinsics below say each vector instruction, as loops over
-groups of 32 half bytes are more than compilers make vectors of by themselves. Everything is summed
-in float32, and values are what their levels stand for: nothing is rounded on the way.
+loops of `kernels` are written once and compiled for each. Rows of levels (`low_bit_units`) and of
+12 bits (`lossless_units`) are decoded group by group in registers: the intrinsics below say each
+vector instruction, as loops over groups of 32 half bytes are more than compilers make vectors of by
+themselves. Everything is summed in float32, and values are what their levels or codes stand for:
+nothing is rounded on the way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, Literal
 
@@ -17,7 +19,9 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+from numba.np.numpy_support import from_dtype
 
+from csd_protocol.lossless_units import PATCH_BYTES
 from csd_protocol.low_bit_units import GROUP
 from csd_protocol.packed import Bits, Site, row_bytes
 
@@ -32,6 +36,7 @@ class Encoding(Enum):
 
     HALF = np.dtype(np.uint16)
     BFLOAT16 = np.dtype(np.int16)
+    LOSSLESS_12 = np.dtype([("word", np.uint16)])
     LEVELS_8 = np.dtype(np.int8)
     LEVELS_4 = np.dtype(np.uint8)
 
@@ -40,7 +45,7 @@ class Encoding(Enum):
         """Of a site's rows; dtype: of the model's 16-bit values."""
         if site.bits == 16:
             return cls.BFLOAT16 if dtype == "bfloat16" else cls.HALF
-        return cls.LEVELS_8 if site.bits == 8 else cls.LEVELS_4
+        return next(encoding for encoding, bits in _BITS.items() if bits == site.bits)
 
     def row_words(self, columns: int) -> int:
         """16-bit words of a row of so many values."""
@@ -51,7 +56,11 @@ class Encoding(Enum):
         return rows.view(self.value)
 
 
-_BITS: dict[Encoding, Bits] = {Encoding.LEVELS_8: 8, Encoding.LEVELS_4: 4}
+_BITS: dict[Encoding, Bits] = {
+    Encoding.LOSSLESS_12: 12,
+    Encoding.LEVELS_8: 8,
+    Encoding.LEVELS_4: 4,
+}
 
 # ---- one row -----------------------------------------------------------------------------------
 
@@ -86,6 +95,10 @@ def _holds_levels(row: Any) -> bool:
     return row.dtype in _LEVEL_BITS
 
 
+def _holds_codes(row: Any) -> bool:
+    return bool(row.dtype == _CODED)
+
+
 @overload(dot, jit_options={"fastmath": FAST})
 def _dot(x: Any, row: Any) -> Callable[[Any, Any], Any]:
     if _holds_levels(row):
@@ -94,6 +107,13 @@ def _dot(x: Any, row: Any) -> Callable[[Any, Any], Any]:
             return _dot_levels(x, row)
 
         return of_levels
+
+    if _holds_codes(row):
+
+        def of_codes(x: Any, row: Any) -> Any:
+            return _dot_codes(x, row)
+
+        return of_codes
 
     def of_16_bits(x: Any, row: Any) -> Any:
         total = np.float32(0)
@@ -113,6 +133,13 @@ def _add_scaled(total: Any, scale: Any, row: Any) -> Callable[[Any, Any, Any], N
 
         return of_levels
 
+    if _holds_codes(row):
+
+        def of_codes(total: Any, scale: Any, row: Any) -> None:
+            _add_codes(total, scale, row)
+
+        return of_codes
+
     def of_16_bits(total: Any, scale: Any, row: Any) -> None:
         for column in range(total.shape[0]):
             total[column] += scale * _widen_16(row[column])
@@ -129,6 +156,13 @@ def _widen(row: Any, out: Any) -> Callable[[Any, Any], None]:
             _add_levels(out, np.float32(1), row)
 
         return of_levels
+
+    if _holds_codes(row):
+
+        def of_codes(row: Any, out: Any) -> None:
+            _widen_codes(row, out)
+
+        return of_codes
 
     def of_16_bits(row: Any, out: Any) -> None:
         for column in range(row.shape[0]):
@@ -167,7 +201,8 @@ def _prefetch(typing_context: Any, address: Any) -> Any:
 # ---- levels ------------------------------------------------------------------------------------
 
 _LANES = GROUP // 2  # a group is two vectors of these
-_BYTE, _INT, _INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_BYTE, _WORD = ir.IntType(8), ir.IntType(16)
+_INT, _INDEX = ir.IntType(32), ir.IntType(64)
 _FLOAT = ir.FloatType()
 _BYTES, _INTS = ir.VectorType(_BYTE, _LANES), ir.VectorType(_INT, _LANES)
 _FLOATS = ir.VectorType(_FLOAT, _LANES)
@@ -221,11 +256,24 @@ def _load(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
     return builder.load(pointer, align=1)
 
 
+def _store(builder: Any, base: Any, offset: Any, value: Any) -> None:
+    """Puts a value `offset` items behind `base`, aligned or not."""
+    pointer = builder.bitcast(builder.gep(base, [offset]), value.type.as_pointer())
+    builder.store(value, pointer, align=1)
+
+
 def _spread(builder: Any, value: Any) -> Any:
     """The same float in all lanes."""
     undefined = _FLOATS(ir.Undefined)
     single = builder.insert_element(undefined, value, _INT(0))
     return builder.shuffle_vector(single, undefined, _INTS([0] * _LANES))
+
+
+def _sum_lanes(builder: Any, values: Any) -> Any:
+    kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
+    name = f"llvm.vector.reduce.fadd.v{_LANES}f32"
+    together = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(together, [_FLOAT(0.0), values], fastmath=_FLAGS)
 
 
 def _floats_of(context: Any, builder: Any, kind: Any, array: Any) -> tuple[Any, Any]:
@@ -261,10 +309,7 @@ def _dot_levels(typing_context: Any, x: Any, row: Any) -> Any:
                 shift = builder.fmul(both, _spread(builder, minimum), _FLAGS)
                 added = builder.fadd(added, shift, _FLAGS)
             builder.store(builder.fadd(builder.load(sums), added, _FLAGS), sums)
-        kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
-        name = f"llvm.vector.reduce.fadd.v{_LANES}f32"
-        together = cgutils.get_or_insert_function(builder.module, kind, name)
-        return builder.call(together, [_FLOAT(0.0), builder.load(sums)], fastmath=_FLAGS)
+        return _sum_lanes(builder, builder.load(sums))
 
     return types.float32(x, row), generate
 
@@ -287,8 +332,147 @@ def _add_levels(typing_context: Any, total: Any, scale: Any, row: Any) -> Any:
                 if minimum is not None:
                     shift = builder.fmul(arguments[1], minimum, _FLAGS)
                     added = builder.fadd(added, _spread(builder, shift), _FLAGS)
-                pointer = builder.bitcast(builder.gep(sums, [at]), _FLOATS.as_pointer())
-                builder.store(builder.fadd(summed, added, _FLAGS), pointer, align=1)
+                _store(builder, sums, at, builder.fadd(summed, added, _FLAGS))
         return context.get_dummy_value()
 
     return types.none(total, scale, row), generate
+
+
+# ---- 12 bits -----------------------------------------------------------------------------------
+
+_CODED = from_dtype(Encoding.LOSSLESS_12.value)
+_EXPONENT_SHIFT, _ONE = 23, 127  # of float32: where its exponent is, and that of 1.0
+_SIGN_AND_MANTISSA = -0x7F810000  # the bits of these that bfloat16 has
+
+
+class _CodedRow:
+    """Instructions that read one row of 12 bits of `columns` values."""
+
+    def __init__(self, context: Any, builder: Any, kind: Any, array: Any, columns: Any) -> None:
+        made = context.make_array(kind)(context, builder, array)
+        self._builder, self._columns = builder, columns
+        self._bytes = builder.bitcast(made.data, _BYTE.as_pointer())
+        self.groups = builder.udiv(columns, _INDEX(GROUP))
+        at = builder.add(columns, builder.lshr(columns, _INDEX(1)))
+        base = builder.zext(_load(builder, self._bytes, at, _BYTE), _INT)
+        power = builder.shl(builder.add(base, _INT(_ONE)), _INT(_EXPONENT_SHIFT))
+        self._power = _spread(builder, builder.bitcast(power, _FLOAT))  # 2 ** base
+        self._patches = builder.add(at, _INDEX(PATCH_BYTES))  # the base takes as much as a patch
+        words = cgutils.unpack_tuple(builder, made.shape, 1)[0]
+        size_bytes = builder.sub(builder.mul(words, _INDEX(2)), self._patches)
+        self._patches_max = builder.sdiv(size_bytes, _INDEX(PATCH_BYTES))
+
+    def halves(self, group: Any) -> tuple[Any, Any]:
+        """The values of a group as two vectors of floats, 0 where there are patches."""
+        builder = self._builder
+        at = builder.add(self._columns, builder.mul(group, _INDEX(_LANES)))
+        codes = builder.zext(_load(builder, self._bytes, at, _BYTES), _INTS)
+        low = builder.shl(codes, _same(_EXPONENT_SHIFT))
+        high = builder.shl(codes, _same(_EXPONENT_SHIFT - 4))
+        start = builder.mul(group, _INDEX(GROUP))
+        return self._values(start, low), self._values(builder.add(start, _INDEX(_LANES)), high)
+
+    def _values(self, at: Any, codes: Any) -> Any:
+        """codes: where a float's exponent is, with other bits around them."""
+        builder = self._builder
+        signed = _load(builder, self._bytes, at, _BYTES)
+        places = [place for lane in range(_LANES) for place in (_LANES, _LANES, lane, lane)]
+        indices = ir.VectorType(_INT, 4 * _LANES)(places)
+        upper = builder.shuffle_vector(signed, _BYTES([0] * _LANES), indices)
+        others = builder.and_(builder.bitcast(upper, _INTS), _same(_SIGN_AND_MANTISSA))
+        exponents = builder.and_(codes, _same(15 << _EXPONENT_SHIFT))
+        small = builder.bitcast(builder.or_(others, exponents), _FLOATS)
+        return _fence(builder, builder.fmul(small, self._power))
+
+    @contextmanager
+    def each_patch(self) -> Iterator[tuple[Any, Any]]:
+        """A loop over columns and values (floats) of the patches, up to the first without."""
+        builder = self._builder
+        with cgutils.for_range(builder, self._patches_max) as loop:
+            at = builder.add(self._patches, builder.mul(loop.index, _INDEX(PATCH_BYTES)))
+            column = builder.zext(_load(builder, self._bytes, at, _WORD), _INDEX)
+            ends = builder.icmp_unsigned(">=", column, self._columns)
+            with builder.if_then(ends, likely=False):
+                loop.do_break()
+            word = _load(builder, self._bytes, builder.add(at, _INDEX(2)), _WORD)
+            pattern = builder.shl(builder.zext(word, _INT), _INT(16))
+            yield column, builder.bitcast(pattern, _FLOAT)
+
+
+def _fence(builder: Any, values: Any) -> Any:
+    """The values, computed before anything is done with them.
+
+    Compilers that may reorder sums would sum what is small first, and lose bits of it.
+    """
+    kind = ir.FunctionType(_FLOATS, [_FLOATS])
+    name = f"llvm.arithmetic.fence.v{_LANES}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [values])
+
+
+def _same(value: int) -> Any:
+    return _INTS([value] * _LANES)
+
+
+@intrinsic
+def _dot_codes(typing_context: Any, x: Any, row: Any) -> Any:
+    """x . row."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        inputs, columns = _floats_of(context, builder, x, arguments[0])
+        coded = _CodedRow(context, builder, row, arguments[1], columns)
+        sums = [cgutils.alloca_once_value(builder, _FLOATS([0.0] * _LANES)) for _ in range(2)]
+        with cgutils.for_range(builder, coded.groups) as loop:
+            for half, values in enumerate(coded.halves(loop.index)):
+                at = builder.add(builder.mul(loop.index, _INDEX(GROUP)), _INDEX(half * _LANES))
+                products = builder.fmul(values, _load(builder, inputs, at, _FLOATS), _FLAGS)
+                summed = builder.fadd(builder.load(sums[half]), products, _FLAGS)
+                builder.store(summed, sums[half])
+        both = builder.fadd(builder.load(sums[0]), builder.load(sums[1]), _FLAGS)
+        total = cgutils.alloca_once_value(builder, _sum_lanes(builder, both))
+        with coded.each_patch() as (column, value):
+            product = builder.fmul(value, _load(builder, inputs, column, _FLOAT), _FLAGS)
+            builder.store(builder.fadd(builder.load(total), product, _FLAGS), total)
+        return builder.load(total)
+
+    return types.float32(x, row), generate
+
+
+@intrinsic
+def _add_codes(typing_context: Any, total: Any, scale: Any, row: Any) -> Any:
+    """total += scale * row."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, columns = _floats_of(context, builder, total, arguments[0])
+        coded = _CodedRow(context, builder, row, arguments[2], columns)
+        factor = _spread(builder, arguments[1])
+        with cgutils.for_range(builder, coded.groups) as loop:
+            for half, values in enumerate(coded.halves(loop.index)):
+                at = builder.add(builder.mul(loop.index, _INDEX(GROUP)), _INDEX(half * _LANES))
+                added = builder.fmul(values, factor, _FLAGS)
+                summed = builder.fadd(_load(builder, sums, at, _FLOATS), added, _FLAGS)
+                _store(builder, sums, at, summed)
+        with coded.each_patch() as (column, value):
+            added = builder.fmul(value, arguments[1], _FLAGS)
+            summed = builder.fadd(_load(builder, sums, column, _FLOAT), added, _FLAGS)
+            _store(builder, sums, column, summed)
+        return context.get_dummy_value()
+
+    return types.none(total, scale, row), generate
+
+
+@intrinsic
+def _widen_codes(typing_context: Any, row: Any, out: Any) -> Any:
+    """out = row."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        floats, columns = _floats_of(context, builder, out, arguments[1])
+        coded = _CodedRow(context, builder, row, arguments[0], columns)
+        with cgutils.for_range(builder, coded.groups) as loop:
+            for half, values in enumerate(coded.halves(loop.index)):
+                at = builder.add(builder.mul(loop.index, _INDEX(GROUP)), _INDEX(half * _LANES))
+                _store(builder, floats, at, values)
+        with coded.each_patch() as (column, value):
+            _store(builder, floats, column, value)
+        return context.get_dummy_value()
+
+    return types.none(row, out), generate

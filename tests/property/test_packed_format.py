@@ -1,12 +1,14 @@
 """The packed-model records: what is written is read back, and damage never goes unnoticed."""
 
 import json
+from math import ceil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csd_protocol.lossless_units import COLS_MAX
 from csd_protocol.low_bit_units import GROUP
 from csd_protocol.packed import (
     BLOCK_BYTES,
@@ -61,7 +63,7 @@ def manifests(draw: st.DrawFn) -> PackedModel:
     sites: list[Site] = []
     for role in draw(st.lists(st.sampled_from(Role), min_size=1, max_size=6)):
         first_crc = sites[-1].first_crc + sites[-1].count if sites else 0
-        bits = draw(st.sampled_from([16, 16, 8, 4]))
+        bits = draw(st.sampled_from([16, 16, 12, 8, 4]))
         rows, cols = draw(st.integers(1, 9)), draw(st.integers(1, 9)) * (1 if bits == 16 else GROUP)
         parts = (Part(name="all", shape=(rows, cols)),) if draw(st.booleans()) else ()
         sites.append(
@@ -80,6 +82,7 @@ def manifests(draw: st.DrawFn) -> PackedModel:
                 bits=bits,
             )
         )
+    has_12 = any(site.bits == 12 for site in sites)
     placed = draw(st.booleans())
     neurons = sum(site.count for site in sites if site.role is Role.FFN)
     units = sum(site.count for site in sites)
@@ -92,7 +95,7 @@ def manifests(draw: st.DrawFn) -> PackedModel:
         name=draw(st.text(max_size=20)),
         family="llama",
         config=draw(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5))),
-        dtype=draw(st.sampled_from(["float16", "bfloat16"])),
+        dtype="bfloat16" if has_12 else draw(st.sampled_from(["float16", "bfloat16"])),
         source="/somewhere",
         fingerprint="00",
         sites=tuple(sites),
@@ -164,8 +167,14 @@ def test_a_manifest_is_read_back(model: PackedModel) -> None:
     assert decode_manifest(data) == model
     assert decode_manifest(data.ljust(align_up(len(data), BLOCK_BYTES), b"\0")) == model
     assert model.weights_bytes_16bit == sum(s.count * s.rows * s.cols * 2 for s in model.sites)
+    row_bytes = {
+        16: lambda cols: cols * 2,
+        12: lambda cols: cols * 3 // 2 + 32 * ceil((cols // 128 + 5) / 8),
+        8: lambda cols: cols * 34 // 32,
+        4: lambda cols: cols * 20 // 32,
+    }
     assert model.weights_bytes == sum(
-        s.count * s.rows * s.cols * {16: 64, 8: 34, 4: 20}[s.bits] // 32 for s in model.sites
+        s.count * s.rows * row_bytes[s.bits](s.cols) for s in model.sites
     )
 
 
@@ -212,13 +221,14 @@ def test_a_manifest_has_the_oldest_version_that_can_say_it(model: PackedModel) -
     data = bytearray(encode_manifest(model))
     written = data[8]
     older = 3 if model.extended else 1 if model.copies == 1 else 2
-    assert written == (4 if model.calibrated or model.low_bit else older)
-    for other in {1, 2, 3, 4} - {written}:
+    has_12 = any(site.bits == 12 for site in model.sites)
+    assert written == (5 if has_12 else 4 if model.calibrated or model.low_bit else older)
+    for other in {1, 2, 3, 4, 5} - {written}:
         data[8] = other
         with pytest.raises(FormatError, match=r"do not go with format version"):
             decode_manifest(bytes(data))
-    data[8] = 5
-    reads = r"version 5; this version reads 1 and 2 and 3 and 4\. Pack again"
+    data[8] = 6
+    reads = r"version 6; this version reads 1 and 2 and 3 and 4 and 5\. Pack again"
     with pytest.raises(FormatError, match=reads):
         decode_manifest(bytes(data))
 
@@ -231,6 +241,16 @@ def test_rows_of_levels_are_whole_groups(model: PackedModel) -> None:
             sites = tuple(odd if other is site else other for other in model.sites)
             with pytest.raises(FormatError, match=r"are not whole groups of 32"):
                 decode_manifest(encode_manifest(model.model_copy(update={"sites": sites})))
+
+
+@given(manifests())
+def test_12_bits_are_of_bfloat16_and_of_columns_that_a_patch_can_name(model: PackedModel) -> None:
+    first, *others = model.sites
+    for dtype, cols in (("float16", GROUP), ("bfloat16", COLS_MAX + GROUP)):
+        wrong = first.model_copy(update={"cols": cols, "bits": 12, "parts": ()})
+        changed = model.model_copy(update={"dtype": dtype, "sites": (wrong, *others)})
+        with pytest.raises(FormatError, match=r"in 12 bits, which bfloat16 alone has"):
+            decode_manifest(encode_manifest(changed.in_oldest_version))
 
 
 def test_another_format_version_says_so() -> None:

@@ -377,7 +377,7 @@ def decoded(lab: Any, quality: str) -> tuple[list[int], torch.Tensor]:
     return out.sequences[0].tolist(), torch.cat(out.logits)
 
 
-@pytest.mark.parametrize("copies, bits", [(1, 16), (2, 16), (1, 8), (1, 4)])
+@pytest.mark.parametrize("copies, bits", [(1, 16), (2, 16), (1, 12), (1, 8), (1, 4)])
 def test_placing_changes_no_bit_of_the_output(make_lab, copies: int, bits: Bits) -> None:
     lab = make_lab(copies=copies)
     lab.bits = bits

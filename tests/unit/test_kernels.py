@@ -1,10 +1,13 @@
-"""The kernels against torch in float64, on both 16-bit formats and both paths."""
+"""The kernels against torch in float64, on every format of rows and both paths."""
 
 import numba
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from csd_protocol.lossless_units import encode_rows, lossless_row_bytes
 from csd_protocol.low_bit_units import decode_rows
 from host_client.model.unit_bits import rounded
 from host_client.runtime import kernels
@@ -115,6 +118,87 @@ def test_levels_give_what_their_values_give(
         widened = np.empty(reference.shape, np.float32)
         kernels.widen_rows(words, chosen, widened, encoding)
         np.testing.assert_allclose(widened, reference, rtol=1e-6, atol=1e-8)
+
+
+def make_coded(count: int, columns: int, scale: float = 0.05) -> tuple[np.ndarray, ...]:
+    """Rows of 12 bits with patches at both ends and within, and their values in float64."""
+    bits, _ = make_weights(count, columns, True, seed=9)
+    values = torch.from_numpy(bits.view(np.int16).copy()).view(torch.bfloat16)
+    values.mul_(scale / 0.05)
+    for column, factor in ((0, 2.0**-24), (columns // 2, 2.0**20), (columns - 1, 2.0**9)):
+        values[column % 3 :: 3, column] *= factor
+    patterns = values.view(torch.int16).numpy().view(np.uint16)
+    return encode_rows(patterns).view(np.uint16), values.double().numpy(), patterns
+
+
+def assert_summed(actual: np.ndarray, factors: np.ndarray, values: np.ndarray) -> None:
+    """factors @ values, to 2e-6 of what the terms of each sum amount to."""
+    wide = factors.astype(np.float64)
+    assert (np.abs(actual - wide @ values) <= 2e-6 * (np.abs(wide) @ np.abs(values))).all()
+
+
+@pytest.mark.parametrize("scale", [0.05, 1e-20])
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+@pytest.mark.parametrize("hidden,count", [(32, 40), (96, 200), (576, 1536)])
+def test_rows_of_12_bits_give_what_their_values_give(
+    scale: float, tokens: int, hidden: int, count: int
+) -> None:
+    encoding = Encoding.LOSSLESS_12
+    words, values, _ = make_coded(3 * count, hidden, scale)
+    x = make_floats(tokens, hidden) * np.float32(1e-6)
+    picked = np.random.default_rng(2).permutation(3 * count)[: count + 1]
+    for chosen, reference in ((None, values), (picked, values[picked])):
+        products = np.empty((tokens, reference.shape[0]), np.float32)
+        kernels.rows_dot(x, words, chosen, products, encoding)
+        assert_summed(products, x, reference.T)
+        factors = make_floats(tokens, reference.shape[0], seed=4)
+        sums = np.zeros((tokens, hidden), np.float32)
+        kernels.rows_axpy(factors, words, chosen, sums, encoding)
+        assert_summed(sums, factors, reference)
+        widened = np.empty(reference.shape, np.float32)
+        kernels.widen_rows(words, chosen, widened, encoding)
+        assert np.array_equal(widened, reference.astype(np.float32))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+def test_neurons_of_12_bits_are_those_of_16(tokens: int) -> None:
+    words, _, patterns = make_coded(3 * 200, 96)
+    x = make_floats(tokens, 96) * np.float32(1e-3)
+    found, expected = np.zeros((2, tokens, 96), np.float32)
+    kernels.neurons(x, words.reshape(200, -1), None, found, Encoding.LOSSLESS_12)
+    kernels.neurons(x, patterns.reshape(200, -1), None, expected, Encoding.BFLOAT16)
+    assert np.isfinite(expected).all()
+    assert_close(found, expected.astype(np.float64))
+
+
+@pytest.mark.parametrize("size", [0.05, 1e-39])
+def test_every_pattern_in_12_bits_widens_as_in_16(size: float) -> None:
+    strays = np.arange(1 << 16, dtype=np.uint16).reshape(-1, 4)
+    values = torch.from_numpy(make_floats(strays.shape[0], 128)).mul_(size).to(torch.bfloat16)
+    patterns = values.view(torch.int16).numpy().view(np.uint16)
+    patterns[:, [0, 31, 77, 127]] = strays
+    coded, whole = np.empty((2, *patterns.shape), np.float32)
+    kernels.widen_rows(encode_rows(patterns).view(np.uint16), None, coded, Encoding.LOSSLESS_12)
+    kernels.widen_rows(patterns, None, whole, Encoding.BFLOAT16)
+    assert np.array_equal(coded.view(np.uint32), whole.view(np.uint32))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 1 << 32), st.sampled_from([32, 96, 640]), st.integers(1, 9))
+def test_rows_of_12_bits_may_be_any_bytes(seed: int, columns: int, tokens: int) -> None:
+    """Nothing before or behind what a kernel was given is written."""
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, 1 << 16, (7, lossless_row_bytes(columns) // 2), np.uint16)
+    words[::2, columns * 3 // 4 :] = rng.integers(0, columns + 2)  # patches within and just beyond
+    guarded = np.full((tokens + 2, columns), 3, np.float32)
+    sums = guarded[1:-1]
+    kernels.rows_axpy(make_floats(tokens, 7), words, None, sums, Encoding.LOSSLESS_12)
+    products = np.empty((tokens, 7), np.float32)
+    kernels.rows_dot(make_floats(tokens, columns), words, None, products, Encoding.LOSSLESS_12)
+    assert (guarded[[0, -1]] == 3).all()
+    around = np.full((9, columns), 3, np.float32)
+    kernels.widen_rows(words, None, around[1:-1], Encoding.LOSSLESS_12)
+    assert (around[[0, -1]] == 3).all()
 
 
 def test_rows_of_levels_that_do_not_fit_are_refused() -> None:

@@ -1,5 +1,6 @@
-"""Units at 8 and 4 bits: which sites have them, and what rounding may cost."""
+"""Units at 12, 8 and 4 bits: which sites have them, what rounding may cost, what is refused."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from transformers import LlamaForCausalLM
 
+from csd_protocol.lossless_units import decode_rows as decode_lossless
 from csd_protocol.low_bit_units import GROUP, decode_rows, join_rows, low_bit_row_bytes
 from csd_protocol.packed import Role
+from host_client.cli.reports import plan_verdict
 from host_client.model.catalog import open_model, read_units
 from host_client.model.errors import DifferentModel, UnsupportedModel, ValueOverflow
-from host_client.model.packer import pack
+from host_client.model.packer import manifest_of, pack
 from host_client.model.safetensors_folder import SafetensorsFolder
-from host_client.model.unit_bits import rounded
+from host_client.model.synthetic import open_synthetic
+from host_client.model.unit_bits import fewer_bits, rounded
+from host_client.runtime.plan import make_plan
 
 values_of = arrays.arrays(
     np.float32,
@@ -77,6 +82,96 @@ def test_what_is_small_stays_and_rows_of_tables_have_8_bits(
     assert np.array_equal(units[:, 2], rounded(columns, bits))
 
 
+def saved(model: LlamaForCausalLM, path: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Of a copy: all tests share the model."""
+    copy.deepcopy(model).to(dtype).save_pretrained(path)
+    return path
+
+
+def test_at_12_bits_every_matrix_keeps_its_values(
+    ram_drive: Any, tiny_model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    with SafetensorsFolder(saved(tiny_model, tmp_path)) as checkpoint:
+        wide, packed = (pack(checkpoint, ram_drive, str(bits), bits=bits) for bits in (16, 12))
+    assert packed.format_version == 5
+    for site, same in zip(packed.sites, wide.sites, strict=True):
+        is_vector = site.role in (Role.NORMS, Role.FINAL_NORM)
+        assert site.bits == (16 if is_vector else 12)
+        units = read_units(ram_drive, site, 0, site.count)
+        rows = units.reshape(site.count * site.rows, -1)
+        found = rows if is_vector else decode_lossless(rows.view(np.uint8), site.cols)
+        expected = read_units(ram_drive, same, 0, same.count)
+        assert np.array_equal(found, expected.reshape(found.shape)), site.name
+
+
+def test_12_bits_want_bfloat16_and_say_so(
+    ram_drive: Any, tiny_model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    message = r"12 bits hold bfloat16 .* float16.*Pack at 16 bits; or, .* --dtype bfloat16"
+    with SafetensorsFolder(saved(tiny_model, tmp_path, torch.float16)) as checkpoint:
+        for refused in (pack, manifest_of):
+            arguments = (checkpoint, *([ram_drive] if refused is pack else []), "half")
+            with pytest.raises(UnsupportedModel, match=message):
+                refused(*arguments, bits=12)
+        packed = pack(checkpoint, ram_drive, "rounded", bits=12, dtype="bfloat16")
+    assert packed.dtype == "bfloat16"
+    assert packed.find(Role.FFN, 0).bits == 12
+
+
+def test_12_bits_of_a_synthetic_model_are_refused(ram_drive: Any) -> None:
+    with (
+        open_synthetic("llama3-8b") as checkpoint,
+        pytest.raises(UnsupportedModel, match=r"synthetic llama3-8b.*Pack at 16, 8 or 4 bits"),
+    ):
+        pack(checkpoint, ram_drive, "made", bits=12)
+
+
+@pytest.mark.parametrize(
+    "tensor,line,index", [("up_proj", "row", (9, slice(0, 20))), ("down_proj", "column", (..., 9))]
+)
+def test_a_row_with_too_many_exponents_is_refused_by_name(
+    ram_drive: Any, tiny_model: LlamaForCausalLM, tmp_path: Path, tensor: str, line: str, index: Any
+) -> None:
+    model = copy.deepcopy(tiny_model)
+    weight = getattr(model.model.layers[1].mlp, tensor).weight
+    with torch.no_grad():
+        weight[index] *= 2.0 ** -torch.arange(0, 2 * weight[index].numel(), 2)
+    message = rf"layers\.1\.mlp\.{tensor}.*{line} 9 has \d+ values .* room for 7\. Pack at 16 bits"
+    with (
+        SafetensorsFolder(saved(model, tmp_path)) as checkpoint,
+        pytest.raises(ValueOverflow, match=message),
+    ):
+        pack(checkpoint, ram_drive, "spread", bits=12)
+
+
+def test_fewer_bits_are_those_that_a_model_could_have(
+    tiny_model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    with SafetensorsFolder(saved(tiny_model, tmp_path, torch.float16)) as half:
+        assert fewer_bits(manifest_of(half, "half")) == [8, 4]
+    with SafetensorsFolder(saved(tiny_model, tmp_path)) as checkpoint:
+        assert fewer_bits(manifest_of(checkpoint, "model")) == [12, 8, 4]
+        assert fewer_bits(manifest_of(checkpoint, "model", 12)) == [8, 4]
+    with open_synthetic("llama3-8b") as made:
+        assert made.dtype == "bfloat16"
+        packed = manifest_of(made, "made")
+    assert fewer_bits(packed) == [8, 4]
+    odd = [site.model_copy(update={"cols": 48}) for site in packed.sites]
+    assert fewer_bits(packed.model_copy(update={"sites": tuple(odd)})) == []
+
+
+def test_a_plan_says_that_12_bits_would_do_without_loss() -> None:
+    with open_synthetic("llama3-8b") as made:
+        packed = manifest_of(made, "made")
+    trained = packed.model_copy(update={"source": "elsewhere"})
+    verdict = plan_verdict(trained, make_plan(trained, 13 << 30, 512))
+    assert verdict is not None
+    assert verdict.startswith("At 12 bits (11.5 GiB, pack --bits 12, without loss) all of it would")
+    verdict = plan_verdict(packed, make_plan(packed, 13 << 30, 512))
+    assert verdict is not None
+    assert verdict.startswith("At 8 bits (")
+
+
 def test_other_bits_are_another_model(ram_drive: Any, tiny_folder: Path) -> None:
     with SafetensorsFolder(tiny_folder) as checkpoint:
         wide = pack(checkpoint, ram_drive, "model")
@@ -103,9 +198,10 @@ def test_rows_that_are_no_whole_groups_are_refused(
 def test_values_beyond_a_scale_are_refused_by_name(
     ram_drive: Any, tiny_model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
+    model = copy.deepcopy(tiny_model)
     with torch.no_grad():
-        tiny_model.model.layers[1].mlp.up_proj.weight[3, 5] = 1e6
-    tiny_model.to(torch.bfloat16).save_pretrained(tmp_path)
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = 1e6
+    saved(model, tmp_path)
     for bits in (8, 4):
         with (
             SafetensorsFolder(tmp_path) as checkpoint,

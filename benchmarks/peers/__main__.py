@@ -16,7 +16,8 @@ from benchmarks.peers.checkpoint import (
     prompt_ids,
     weights_bytes,
 )
-from benchmarks.peers.race import PEERS, Course, Finish, race
+from benchmarks.peers.course import Course, Finish
+from benchmarks.peers.race import PEERS, PEERS_4_BITS, race
 from csd_protocol.units import format_size
 from host_client.runtime.memory_limit import ALLOWANCE_BYTES
 from host_client.runtime.refusals import RequestRefused
@@ -26,6 +27,7 @@ PROMPT_TOKENS = 16
 
 class Report(BaseModel):
     shape: str
+    bits: int
     weights_bytes: int
     budget_bytes: int
     allowance_bytes: int
@@ -39,11 +41,14 @@ def main() -> int:
     asked = _arguments()
     shape = SHAPES[asked.shape]
     out = Console(highlight=False)
-    budget = int(weights_bytes(shape) * asked.share / 100)
     checkpoint = make_checkpoint(asked.folder / f"llama-{asked.shape}", shape)
+    gguf = make_gguf(checkpoint, shape, asked.bits)
+    size = weights_bytes(shape) if asked.bits == 16 else gguf.stat().st_size
+    budget = int(size * asked.share / 100)
     course = Course(
         checkpoint=checkpoint,
-        gguf=make_gguf(checkpoint, shape),
+        gguf=gguf,
+        bits=asked.bits,
         budget_bytes=budget,
         limit_bytes=budget + ALLOWANCE_BYTES,
         prompt=prompt_ids(PROMPT_TOKENS),
@@ -53,7 +58,8 @@ def main() -> int:
     )
     report = Report(
         shape=asked.shape,
-        weights_bytes=weights_bytes(shape),
+        weights_bytes=size,
+        bits=asked.bits,
         budget_bytes=budget,
         allowance_bytes=ALLOWANCE_BYTES,
         limit_bytes=course.limit_bytes,
@@ -62,7 +68,8 @@ def main() -> int:
         finishes=[],
     )
     try:
-        for finish in race(course, asked.only):
+        peers = PEERS if asked.bits == 16 else PEERS_4_BITS
+        for finish in race(course, asked.only or list(peers)):
             report.finishes.append(finish)
             out.print(f"{finish.peer}: {finish.failure or f'{finish.tokens_per_s:.3g} tokens/s'}")
     except RequestRefused as error:
@@ -81,7 +88,8 @@ def _arguments() -> argparse.Namespace:
         "--share", type=float, default=31.0, help="percent of the weights in memory"
     )
     parser.add_argument("--tokens", type=int, default=12)
-    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--bits", type=int, choices=(16, 4), default=16, help="4: GGUF's Q4_0")
+    parser.add_argument("--only", nargs="+", choices=[*PEERS, *PEERS_4_BITS])
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp/flash-csd-peers"))
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="interpreter with the peers"

@@ -77,9 +77,9 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
     return folder
 
 
-def make_gguf(folder: Path, shape: Shape) -> Path:
-    """The same in one file beside the folder, made unless it is there."""
-    path = folder.with_suffix(".gguf")
+def make_gguf(folder: Path, shape: Shape, bits: int = 16) -> Path:
+    """The same in one file beside the folder, made unless it is there; at 4 bits as Q4_0."""
+    path = folder.with_suffix(".gguf") if bits == 16 else folder.with_suffix(".q4_0.gguf")
     if not path.exists():
         fresh = path.with_suffix(".gguf.new")
         writer = gguf.GGUFWriter(fresh, "llama", use_temp_file=False)
@@ -88,7 +88,7 @@ def make_gguf(folder: Path, shape: Shape) -> Path:
         for file in sorted(set(places.values())):
             with safe_open(folder / file, "pt") as tensors:
                 for name in sorted(tensors.keys()):
-                    _add(writer, name, tensors.get_tensor(name), shape)
+                    _add(writer, name, tensors.get_tensor(name), shape, bits)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -162,13 +162,18 @@ def _describe(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_token_types([int(kind) for kind in kinds])
 
 
-def _add(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, shape: Shape) -> None:
+def _add(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, shape: Shape, bits: int) -> None:
     heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
     for part, count in heads.items():
         if part in name:
             tensor = _interleaved(tensor, count)
     if tensor.dim() == 1:
         writer.add_tensor(_gguf_name(name), tensor.float().numpy())
+        return
+    if bits == 4:
+        kind = gguf.GGMLQuantizationType.Q4_0
+        levels = gguf.quants.quantize(tensor.float().numpy(), kind)
+        writer.add_tensor(_gguf_name(name), levels, raw_dtype=kind)
         return
     raw = tensor.contiguous().view(torch.uint8).numpy()
     writer.add_tensor(_gguf_name(name), raw, raw_dtype=gguf.GGMLQuantizationType.BF16)

@@ -206,6 +206,7 @@ class Target:
     copy: int = 0  # which of the model's copies units are read from
     elsewhere: tuple[Elsewhere, ...] = ()
     to_dram: bool = False  # into the unit cache only, for a later command
+    held: bytes = b""  # what the host holds beside its residency: a bitmap, or nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,7 @@ def _target(target: pb.StageTarget) -> fw.Target:
             for part in target.elsewhere
         ),
         to_dram=target.to_dram,
+        held=target.held,
     )
 
 

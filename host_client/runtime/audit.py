@@ -2,8 +2,9 @@
 
 The host cannot score neurons it does not hold, so on each decoded token one layer, in turn, has the
 rest of its neurons staged late and scored by |silu(g) * u| * ||down||, as the choice itself is.
-Counted are the wanted units that the program chose, and those that were computed, as resident ones
-always are. What that moves is counted as late, and is about one layer's share of what is staged.
+Counted are the wanted units that the program chose, and those that were computed, as resident and
+recent ones always are. What that moves is counted as late, and is about one layer's share of what
+is staged.
 """
 
 import math
@@ -31,7 +32,7 @@ class Audited:
 
     audits: int = 0
     wanted: int = 0  # units
-    computed: int = 0  # chosen, or resident
+    computed: int = 0  # chosen, or held
     found: int = 0  # wanted, and computed
 
 
@@ -52,14 +53,16 @@ class Auditor:
         encoding = engine.encoding(site)
         scores[entry.units] = _scores(x, entry.values, encoding)
         scores[block.units] = _scores(x, block.values, encoding)
+        recent = engine.recent(site)
+        if recent is not None:
+            scores[recent.units] = _scores(x, recent.values, encoding)
         for units, values in engine.missed_parts(site, block):
             scores[units] = _scores(x, values, encoding)
         kept = math.ceil(engine.kept_of(site) * site.count)
         wanted = np.argpartition(-scores, kept - 1)[:kept]
         engine.tally.wanted_units += kept
         engine.tally.wanted_in_time += int(np.isin(wanted, block.predicted).sum())
-        computed = entry.held
-        computed[block.units] = True
+        computed = engine.computed(site, block)
         engine.tally.wanted_computed += int(computed[wanted].sum())
         self._note(site.layer, kept, computed, wanted)
 

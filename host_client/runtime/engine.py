@@ -36,6 +36,7 @@ from host_client.runtime.notes import Notes, Place, Text
 from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
 from host_client.runtime.quality import Quality
+from host_client.runtime.recent import RecentSite, RecentUnits
 from host_client.runtime.refusals import ContextExceeded, WindowTooSmall
 from host_client.runtime.residency import ResidentSite, residency_of
 from host_client.runtime.row_arithmetic import Encoding
@@ -45,6 +46,7 @@ from host_client.runtime.timeline import COMPUTE, HostTimeline
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
+Bits = npt.NDArray[np.bool_]
 
 STEPS_AHEAD_MAX = 8
 BURST_STEPS_MAX = 4  # steps of one command: fewer round trips, a later first answer
@@ -91,6 +93,7 @@ class Engine:
         tally: Tally,
         now_ns: Callable[[], int],
         calibration: Calibration | None = None,
+        recent: RecentUnits | None = None,
     ) -> None:
         self.drive, self.model_id, self.model, self.plan = drive, model_id, model, plan
         self.resident, self.quality, self.tally = resident, quality, tally
@@ -99,6 +102,7 @@ class Engine:
         self._fetcher, self._prefetcher = fetcher, prefetcher
         self._guidance = guidance
         self.experts = experts  # of a mixture
+        self._recent = recent
         self._now_ns = now_ns
         self._fetch_buffer = Buffer(plan.fetch_buffer_bytes)
         groups = model.find(Role.HEADS, 0).count
@@ -168,6 +172,8 @@ class Engine:
             )
         if self._guided or self._takes_note:
             self._token = self._text.go_on(place)
+        if self._guided and self._recent is not None:
+            self._recent.go_on(place.cache)
 
     def encoding(self, site: Site) -> Encoding:
         """How the rows of a site's units are to be read."""
@@ -200,6 +206,19 @@ class Engine:
     def block(self, site: Site) -> Block | None:
         """The staged part of a site of the current layer, waiting for it; None: nothing staged."""
         return self._arrived(site.layer).blocks.get(site.site)
+
+    def recent(self, site: Site) -> RecentSite | None:
+        """What of an FFN is held since recent tokens; None: the running pass uses none."""
+        return self._recent.of(site) if self._recent is not None and self._guided else None
+
+    def keep_recent(self, site: Site) -> None:
+        """All of an FFN is computed: what was staged of it may be of use to the next tokens."""
+        recent, block = self.recent(site), self.block(site)
+        if recent is None or block is None or block.predicted is None:
+            return
+        self.tally.recent_units += int(np.count_nonzero(recent.held[block.predicted]))
+        recent.choose(block.predicted)
+        recent.keep(block.units, block.values)
 
     def leave(self, layer: int) -> None:
         """The layer's FFN is computed: its buffer is free."""
@@ -247,14 +266,22 @@ class Engine:
         block = self.block(site)
         if block is None:
             return None
-        computed = self.resident[site.site].held
-        computed[block.units] = True
+        computed = self.computed(site, block)
         units = np.flatnonzero(computed).astype(np.uint32)
         if units.size == site.count:
             return None
         corrector = self._guidance.corrector
         pending = self.drive.correct(corrector, self.model_id, site.layer, x, units)
         return lambda: self._corrected(pending)
+
+    def computed(self, site: Site, block: Block) -> Bits:
+        """Which units of an FFN the running pass computes with [count]; block: the staged ones."""
+        units = self.resident[site.site].held
+        units[block.units] = True
+        recent = self.recent(site)
+        if recent is not None:
+            units[recent.units] = True
+        return units
 
     def _corrected(self, pending: PendingCommand[F32]) -> F32:
         started_ns = self._now_ns()
@@ -280,11 +307,12 @@ class Engine:
             yield part, self._fetch(site, part)
 
     def missed_parts(self, site: Site, have: Block | None) -> Iterator[tuple[U32, U16]]:
-        """Stage late, part by part, the units that are neither resident nor in `have`."""
-        lacking = self.resident[site.site].position < 0
-        if have is not None:
-            lacking[have.units] = False
-        for part in self._fetchable(site, np.flatnonzero(lacking).astype(np.uint32)):
+        """Stage late, part by part, the units that the host does not have; `have`: staged ones."""
+        if have is None:
+            lacking = self.resident[site.site].missing
+        else:
+            lacking = np.flatnonzero(~self.computed(site, have)).astype(np.uint32)
+        for part in self._fetchable(site, lacking):
             self.tally.late_units += part.size
             yield part, self._fetch(site, part)
 
@@ -408,9 +436,10 @@ class Engine:
             return None
         layers = self._guided_steps[: self.model.layer_count]
         if guidance.far.program == guidance.near.program:
-            return FarLevel(guidance.far, layers, near, None, copies, self.tally)
+            return FarLevel(guidance.far, layers, near, None, copies, self.tally, self._recent)
         notes = self._notes_for(guidance.far)
-        return FarLevel(guidance.far, layers, Asker(guidance.far), notes, copies, self.tally)
+        asker = Asker(guidance.far)
+        return FarLevel(guidance.far, layers, asker, notes, copies, self.tally, self._recent)
 
     def _begin_guided(self) -> None:
         assert self._guidance is not None

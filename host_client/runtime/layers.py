@@ -144,6 +144,9 @@ class StagedFfn(nn.Module):
         entry = engine.resident[self._site.site]
         if entry.units.size:  # whatever was chosen, and while that is still on its way
             self._add(flat, out, entry.units, entry.values, witness)
+        recent = engine.recent(self._site)
+        if recent is not None and recent.units.size:
+            self._add(flat, out, recent.units, recent.values, witness)
         block = engine.block(self._site)
         if block is not None and block.units.size:
             self._add(flat, out, block.units, block.values, witness)
@@ -157,6 +160,7 @@ class StagedFfn(nn.Module):
         if witness is not None:
             active = witness.most_active(engine.kept_of(self._site), self._site.count)
             engine.observe(self._site, active)
+        engine.keep_recent(self._site)
         engine.leave(self._layer)
         return _like(x, out)
 

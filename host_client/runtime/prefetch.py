@@ -30,6 +30,7 @@ from host_client.runtime.copies import Copies, PendingUnits
 from host_client.runtime.fetch import STAGE_TIMEOUT_S, WINDOW_LOSSES_MAX
 from host_client.runtime.guidance import Ask
 from host_client.runtime.plan import STAGE_ALIGN_BYTES
+from host_client.runtime.recent import RecentUnits
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
 from host_client.runtime.tally import Tally
@@ -114,6 +115,7 @@ class Prefetcher:
         resident: dict[int, ResidentSite],
         buffers: list[Buffer],
         tally: Tally,
+        recent: RecentUnits | None = None,
     ) -> None:
         self._drive = drive
         self._copies = copies
@@ -121,6 +123,7 @@ class Prefetcher:
         self._checksums = checksums
         self._resident = resident
         self._tally = tally
+        self._recent = recent
         self.timeline: HostTimeline | None = None
         self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
         for buffer in buffers:
@@ -152,12 +155,12 @@ class Prefetcher:
         generation = self._reader.generation
         requests = tuple(_Request(step, generation, queue.SimpleQueue()) for step in steps)
         wanted = [wanted for step in steps for wanted in step.wanted]
-        targets = [target_of(entry) for entry in wanted]
+        targets = [target_of(entry, self._recent) for entry in wanted]
         release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
         pending: PendingUnits | None = None
         asked_ns = self.timeline.now_ns() if self.timeline else 0
         if ask is not None and (ask.told.experts or any(entry.keep < 1.0 for entry in wanted)):
-            targets += [target_of(entry, to_dram=True) for entry in to_dram]
+            targets += [target_of(entry, self._recent, to_dram=True) for entry in to_dram]
             pending = self._copies.predict_and_stage(
                 ask.program, ask.token, ask.hidden, targets, release, ask.told
             )
@@ -302,11 +305,15 @@ class Prefetcher:
         return Block(units, values.view(np.uint16), staged.predicted)
 
 
-def target_of(wanted: Wanted, to_dram: bool = False) -> StageTarget:
-    """What to ask of the drive for one site of a step."""
+def target_of(
+    wanted: Wanted, recent: RecentUnits | None = None, to_dram: bool = False
+) -> StageTarget:
+    """What to ask of the drive for one site of a step; of a choice, less what is held by now."""
     site = wanted.site.site
     if wanted.keep < 1.0:
-        return StageTarget(site=site, keep=wanted.keep, to_dram=to_dram)
+        slots = recent.of(wanted.site) if recent is not None else None
+        held = slots.held if slots is not None else None
+        return StageTarget(site=site, keep=wanted.keep, to_dram=to_dram, held=held)
     if wanted.units is not None:
         return StageTarget(site=site, units=wanted.units, ignore_residency=True, to_dram=to_dram)
     return StageTarget(site=site, all=True, to_dram=to_dram)

@@ -108,9 +108,9 @@ Recent = Annotated[
     typer.Option(
         "--recent",
         metavar="SIZE",
-        help="Memory, within the budget, for neurons of the last tokens, so that those are not staged "
-        "again (kept fraction only): 200MB, a share of what neurons have like 25%, or 0. Default: "
-        "a quarter.",
+        help="Memory, within the budget, for neurons of the last tokens, so that those are not "
+        "staged again (kept fraction only): 200MB, a share of what neurons have like 25%, or 0. "
+        "Default: a quarter.",
     ),
 ]
 Enforce = Annotated[

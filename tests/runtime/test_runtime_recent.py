@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from csd_protocol.packed import Role
 from csd_protocol.program_file import ProgramKind as Kind
 from csd_protocol.program_file import encode_frequency
+from csd_protocol.units import MIB
 from host_client.calibrate.preparation import build_predictor
 from host_client.runtime.refusals import RequestRefused
 
@@ -181,14 +182,16 @@ def test_a_sweep_in_the_middle_of_a_text_is_exact_and_leaves_it_be(lab, tokens_o
 
 @pytest.mark.parametrize("far", ["frequency@2", "shadow"])
 def test_a_far_level_changes_nothing(make_lab, tokens_of, far: str) -> None:
-    lab = make_lab(unit_cache_bytes=64 << 10)  # less than is staged
-    load(lab, "shadow", "frequency")
-    ids = tokens_of(lab, NAME, PROMPT + DECODED)
-    expected = decode(opened(lab, predictor="shadow", far="none"), ids)
-    lab.opened.pop().csd.close()
-    model = opened(lab, predictor="shadow", far=far)
-    assert torch.equal(decode(model, ids), expected)
-    assert model.csd.tally.brought_units > 0
+    """On drives that were never read from, and no sweep: so there is something to bring."""
+    labs = make_lab(unit_cache_bytes=MIB), make_lab(unit_cache_bytes=MIB)
+    found = []
+    for lab, level in zip(labs, ("none", far), strict=True):
+        load(lab, "shadow", "frequency")
+        model = opened(lab, predictor="shadow", far=level)
+        found.append(decode(model, tokens_of(lab, NAME, PROMPT + DECODED), 1))
+        assert (model.csd.tally.brought_units > 0) == (level != "none")
+        assert model.csd.tally.recent_units > 0
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("quality", ["0.3", "0.2+correct"])

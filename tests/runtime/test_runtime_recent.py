@@ -59,16 +59,18 @@ class Watch:
     def __init__(self, model: Any) -> None:
         self.seen: list[tuple[int, np.ndarray, np.ndarray]] = []  # layer, computed, held before
         engine = model.csd.engine
-        genuine = engine.keep_recent
+        genuine = engine.choose_recent
 
-        def keep_recent(site: Any) -> None:
+        def choose_recent(site: Any) -> None:
             if engine.guided:
-                computed = engine.computed(site, engine.block(site))
                 held = np.sort(engine.recent(site).units.copy())
-                self.seen.append((site.layer, np.flatnonzero(computed), held))
+                staged, resident = engine.chosen(site).units, engine.resident[site.site].units
+                computed = np.concatenate([held, staged, resident])
+                assert np.unique(computed).size == computed.size  # nothing twice
+                self.seen.append((site.layer, np.sort(computed), held))
             genuine(site)
 
-        engine.keep_recent = keep_recent
+        engine.choose_recent = choose_recent
 
     def chooser(self, lab: Any, model: Any, kept: float) -> Any:
         """For `MaskedDense`: the same units once more, each set looked at."""

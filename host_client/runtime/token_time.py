@@ -114,7 +114,7 @@ def volumes_of(
     """Of each layer, then of the output head.
 
     frequencies: uint32 [FFNs, neurons]; how much of what a program chooses is resident. Neurons of
-    recent tokens count as that many more resident ones, which is what they save at least, about.
+    recent tokens count as that many more resident ones: about what they save.
     """
     layers = [
         _layer_volumes(model, plan, quality, frequencies, layer)

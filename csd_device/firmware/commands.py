@@ -208,6 +208,7 @@ class Target:
     to_dram: bool = False  # into the unit cache only, for a later command
     first: int = 0  # of all: from this unit on
     end: int | None = None  # and below this one; None: to the last
+    held: bytes = b""  # what the host holds beside its residency: a bitmap, or nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,12 +141,20 @@ def _allotment(host_id: str) -> str:
 def _flags(site: SiteRecord, said: SiteResidency) -> Bools:
     if said.held is Held.ALL:
         return np.ones(site.count, np.bool_)
+    return flags_of(site, said.bitmap)
+
+
+def flags_of(site: SiteRecord, bitmap: bytes) -> Bools:
+    """Which units of the site a bitmap names [count].
+
+    Raises CommandError (Invalid Field) for one of another length.
+    """
     wanted_bytes = -(-site.count // 8)
-    if len(said.bitmap) != wanted_bytes:
+    if len(bitmap) != wanted_bytes:
         raise CommandError(
             Status.INVALID_FIELD,
-            f"bitmap of {len(said.bitmap)} bytes for {site.name}; "
+            f"bitmap of {len(bitmap)} bytes for {site.name}; "
             f"its {site.count} units take {wanted_bytes}",
         )
-    packed = np.frombuffer(said.bitmap, np.uint8)
+    packed = np.frombuffer(bitmap, np.uint8)
     return np.unpackbits(packed, count=site.count, bitorder="little").view(np.bool_)

@@ -1,7 +1,7 @@
 """The predict-and-stage pipeline: from a target to units that lie in the window.
 
     choose    the program's top units, the named ones, or all          selection
-    subtract  what the host holds                                      hosts
+    subtract  what the host holds, by its residency and the target     hosts
     lease     one piece of the window a target                         window
     bring     from the unit cache, or from NAND with a CRC check       unit cache, FTL
 
@@ -31,7 +31,7 @@ import numpy.typing as npt
 from csd_device.dram import Lease, UnitCache, Window
 from csd_device.errors import CommandError, UnrecoveredRead
 from csd_device.firmware.commands import LostUnits, StagedSite, StageResult, Target, What
-from csd_device.firmware.hosts import Host
+from csd_device.firmware.hosts import Host, flags_of
 from csd_device.firmware.modelled_time import CommandTime
 from csd_device.firmware.models import LoadedModel, SiteRecord
 from csd_device.firmware.prediction import Prediction
@@ -361,7 +361,7 @@ _NOTHING = _Brought(0, _NO_READS, NO_UNITS)
 def _choose(
     site: SiteRecord, target: Target, host: Host, prediction: Prediction | None, time: CommandTime
 ) -> _Choice:
-    held = None if target.ignore_residency else host.holds(site)
+    held = _held(site, target, host)
     if prediction is not None and not prediction.admits(site):
         return _Choice(NO_UNITS, NO_UNITS, False)
     if target.what is What.UNITS:
@@ -390,6 +390,15 @@ def _range(site: SiteRecord, target: Target) -> tuple[int, int]:
             Status.NO_SITE, f"{site.name} has {site.count} units, none from {target.first} to {end}"
         )
     return target.first, end
+
+
+def _held(site: SiteRecord, target: Target, host: Host) -> Flags | None:
+    """Which units of the site the host holds, so that they are not staged; None: none."""
+    told = None if target.ignore_residency else host.holds(site)
+    if not target.held:
+        return told
+    named = flags_of(site, target.held)
+    return named if told is None else told | named
 
 
 def _scores(

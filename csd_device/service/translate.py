@@ -99,6 +99,7 @@ def _target(target: pb.StageTarget) -> fw.Target:
         to_dram=target.to_dram,
         first=target.first,
         end=target.end or None,
+        held=target.held,
     )
 
 

@@ -11,7 +11,7 @@ from csd_protocol.packed import DirectoryEntry
 from csd_protocol.units import format_size, parse_size
 from host_client.cli import reports
 from host_client.cli.console import EXIT_DAMAGED, TimeMode, open_drive, out, progress_bytes
-from host_client.cli.options import Dram, DriveAddress, Json, Model, QualityText, Time
+from host_client.cli.options import Dram, DriveAddress, Json, Model, QualityText, Recent, Time
 from host_client.driver import Drive
 from host_client.model.catalog import (
     list_models,
@@ -25,6 +25,7 @@ from host_client.model.source import name_on_drive
 from host_client.runtime.plain_reads import PlainReads
 from host_client.runtime.plan import make_plan, parse_budget
 from host_client.runtime.quality import Quality
+from host_client.runtime.recent_room import AUTO, RecentRoom
 from host_client.runtime.token_time import (
     CLASSES,
     measure_host_rate,
@@ -74,6 +75,7 @@ def plan(
     lookahead: Annotated[
         int, typer.Option(help="Layers ahead that a kept fraction is predicted.", min=0, max=8)
     ] = 1,
+    recent: Recent = AUTO,
     host_rate: HostRate = None,
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
@@ -86,7 +88,8 @@ def plan(
         _, packed = open_model(opened, name_on_drive(model))
         frequencies = read_frequencies(opened, packed)
         connected = rates_of(opened.identify(Cns.CONTROLLER))
-    made = make_plan(packed, parse_budget(dram, packed), context, frequencies)
+    room = RecentRoom.of(recent, kept, bool(packed.experts))
+    made = make_plan(packed, parse_budget(dram, packed), context, frequencies, room)
     volumes = volumes_of(packed, made, kept, frequencies)
     ahead = None if kept.exact else lookahead
     times = [token_time(volumes, rates, host_bytes_per_s, ahead) for rates in (*CLASSES, connected)]

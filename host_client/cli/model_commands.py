@@ -36,6 +36,7 @@ from host_client.cli.options import (
     PredictorKind,
     PromptTokens,
     QualityText,
+    Recent,
     Seed,
     Synthetic,
     Time,
@@ -61,6 +62,7 @@ from host_client.runtime.lookahead import AUTO
 from host_client.runtime.memory_limit import MemoryLimit
 from host_client.runtime.plan import parse_budget
 from host_client.runtime.quality import Quality
+from host_client.runtime.recent_room import AUTO as AUTO_RECENT
 from host_client.runtime.timeline import HostTimeline
 
 
@@ -206,6 +208,7 @@ def generate(
     ] = None,
     lookahead: LookaheadText = str(LOOKAHEAD_DEFAULT),
     far: FarKind = AUTO,
+    recent: Recent = AUTO_RECENT,
     reader: Annotated[ReaderKind, typer.Option(help="How the window is read.")] = "auto",
     drive: DriveAddress = None,
     time: Time = TimeMode.VIRTUAL,
@@ -231,6 +234,7 @@ def generate(
                 lookahead=lookahead,
                 predictor=predictor,
                 far=far,
+                recent=recent,
                 reader=reader,
                 audit=tokenizer is not None,
                 progress=update,

@@ -103,6 +103,16 @@ FarKind = Annotated[
         "for what is staged.",
     ),
 ]
+Recent = Annotated[
+    str,
+    typer.Option(
+        "--recent",
+        metavar="SIZE",
+        help="Memory, within the budget, for neurons of the last tokens, so that those are not "
+        "staged again (kept fraction only): 200MB, a share of what neurons have like 25%, or 0. "
+        "Default: a quarter.",
+    ),
+]
 Enforce = Annotated[
     bool,
     typer.Option(

@@ -27,6 +27,7 @@ def plan_object(packed: PackedModel, plan: Plan) -> dict[str, Any]:
         "weights_bytes": packed.weights_bytes,
         "total_bytes": plan.total_bytes,
         "resident_bytes": plan.resident_bytes,
+        "recent_bytes": plan.recent_bytes,
         "staging_buffer_bytes": plan.staging_bytes,
         "fetch_buffer_bytes": plan.fetch_buffer_bytes,
         "kv_cache_bytes": plan.kv_bytes,
@@ -74,6 +75,7 @@ def plan_table(packed: PackedModel, plan: Plan) -> Table:
     table.add_section()
     for name, size in (
         ("resident weights", plan.resident_bytes),
+        ("neurons of the last tokens", plan.recent_bytes),
         ("staging buffers", plan.staging_bytes),
         ("fetch buffer and tables", plan.fetch_buffer_bytes + plan.table_bytes),
         (f"KV cache, {plan.context} tokens", plan.kv_bytes),
@@ -221,6 +223,9 @@ def generation_table(report: "GenerationReport", plan: Plan) -> Table:
     if report.predictor is not None:
         at = [name for name, _ in rows].index("predicted") + 1
         rows.insert(at, ("corrected", _corrected(report)))
+    if report.recent_bytes:
+        at = [name for name, _ in rows].index("predicted")
+        rows.insert(at, ("not staged again", _recent(report)))
     if report.enforced:
         at = [name for name, _ in rows].index("process, peak") + 1
         rows.insert(at, ("process, limited", _enforced(report.enforced)))
@@ -229,6 +234,13 @@ def generation_table(report: "GenerationReport", plan: Plan) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _recent(report: "GenerationReport") -> str:
+    return (
+        f"{report.recent_units:,} chosen neurons, held since recent tokens in "
+        f"{format_size(report.recent_bytes)}"
+    )
 
 
 def _enforced(enforced: "EnforcedReport") -> str:

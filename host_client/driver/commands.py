@@ -21,7 +21,9 @@ class StageTarget:
     `ignore_residency` stages named units even where the host said that it holds them. Units are
     read from `copy` of the model; those that are in `elsewhere`, from the copy beside them there
     (each in one entry at most, ascending). `to_dram` brings units into the drive's DRAM only, as
-    many as there is room for, the highest scores first; a later command finds them there.
+    many as there is room for, the highest scores first; a later command finds them there. `held`
+    [units of the site] says which are left out of this target, beside those that the host said it
+    holds.
     """
 
     site: int
@@ -34,6 +36,7 @@ class StageTarget:
     copy: int = 0
     elsewhere: tuple[tuple[int, U32], ...] = ()
     to_dram: bool = False
+    held: Bits | None = None
 
     def __post_init__(self) -> None:
         chosen = (self.keep is not None) + (self.units is not None) + self.all

@@ -17,6 +17,7 @@ from host_client.driver.commands import (
     U16,
     U32,
     AsyncEvent,
+    Bits,
     LostUnits,
     Residency,
     Staged,
@@ -294,6 +295,7 @@ def _target(target: StageTarget) -> pb.StageTarget:
         elsewhere=[
             pb.Elsewhere(copy=copy, units=_word_bytes(units)) for copy, units in target.elsewhere
         ],
+        held=b"" if target.held is None else _bitmap(target.held),
     )
     if target.units is not None:
         entry.units = _word_bytes(target.units)
@@ -307,11 +309,15 @@ def _target(target: StageTarget) -> pb.StageTarget:
 
 def _held(site: int, held: Residency) -> pb.HostResidency.Held:
     if isinstance(held, np.ndarray):
-        bitmap = np.packbits(held, bitorder="little").tobytes()
-        return pb.HostResidency.Held(site=site, bitmap=bitmap)
+        return pb.HostResidency.Held(site=site, bitmap=_bitmap(held))
     if held:
         return pb.HostResidency.Held(site=site, all=True)
     return pb.HostResidency.Held(site=site, none=True)
+
+
+def _bitmap(flags: Bits) -> bytes:
+    """One bit a unit, the least significant first."""
+    return np.packbits(flags, bitorder="little").tobytes()
 
 
 # ---- completions -----------------------------------------------------------------------------

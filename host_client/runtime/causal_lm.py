@@ -34,6 +34,9 @@ from host_client.runtime.lookahead import AUTO, Lookahead
 from host_client.runtime.plan import BUFFERS, Plan, make_plan, parse_budget
 from host_client.runtime.prefetch import Prefetcher
 from host_client.runtime.quality import Quality
+from host_client.runtime.recent import RecentUnits
+from host_client.runtime.recent_room import AUTO as AUTO_RECENT
+from host_client.runtime.recent_room import RecentRoom
 from host_client.runtime.refusals import RequestRefused
 from host_client.runtime.residency import Progress, ResidentSite, load_resident
 from host_client.runtime.tally import Tally
@@ -53,7 +56,7 @@ class CsdRuntime:
     tally: Tally
     copies: Copies
     reader: WindowReader
-    weights_bytes: int  # host memory that was allocated for units and staging buffers
+    weights_bytes: int  # host memory that was allocated for units and buffers
     guidance: Guidance | None  # None at exact quality, and of a mixture
     gating: Gating | None  # of a mixture
     audited: list[Audited] = field(default_factory=list)  # by layer, where an audit was asked for
@@ -126,6 +129,7 @@ class CsdModelForCausalLM:
         lookahead: int | str = LOOKAHEAD_DEFAULT,
         predictor: str | None = None,
         far: str = AUTO,
+        recent: str | int = AUTO_RECENT,
         reader: ReaderKind = "auto",
         audit: bool = False,
         progress: Progress | None = None,
@@ -142,6 +146,8 @@ class CsdModelForCausalLM:
         predictor: kind of the program that chooses; None: the best that is active.
         far: kind of the program that brings units of later layers into on-drive DRAM, or
             KIND@LAYERS; `auto`: the best that is active, where it is of use; `none`.
+        recent: memory for neurons of the last tokens (kept fraction only): a size, a share of what
+            neurons have like `25%`, 0, or `auto`: a quarter.
         audit: measure recall in decode (kept fraction only; stages one layer's rest a token).
 
         The result's `csd` is a `CsdRuntime`; close it when done. Raises ModelError, DriveError,
@@ -154,7 +160,7 @@ class CsdModelForCausalLM:
         with ExitStack() as undo:
             opened = _open_drive(drive, undo)
             name = name_on_drive(model)
-            settings = _Settings(parsed, context, ahead, predictor, far, reader)
+            settings = _Settings(parsed, context, ahead, predictor, far, recent, reader)
             runtime = _start(opened, name, dram, settings, progress or _silent, undo)
             made = skeleton(runtime.packed)
             attach(made, runtime.engine)
@@ -172,6 +178,7 @@ class _Settings:
     lookahead: Lookahead
     predictor: str | None
     far: str
+    recent: str | int
     reader: ReaderKind
 
 
@@ -198,7 +205,8 @@ def _start(
     """Load what is resident and start prefetching; what has to be undone goes to `undo`."""
     model_id, packed = open_model(drive, name)
     frequencies = read_frequencies(drive, packed)
-    plan = make_plan(packed, parse_budget(dram, packed), settings.context, frequencies)
+    room = RecentRoom.of(settings.recent, settings.quality, bool(packed.experts))
+    plan = make_plan(packed, parse_budget(dram, packed), settings.context, frequencies, room)
     guidance = gating = None
     if packed.experts:
         gating = choose_gating(drive, packed, settings.quality, settings.predictor, settings.far)
@@ -223,7 +231,8 @@ def _start(
     fetcher = Fetcher(drive, copies, readers[0], checksums, tally)
     resident = load_resident(packed, plan, fetcher, frequencies, progress)
     buffers = [Buffer(plan.buffer_bytes) for _ in range(BUFFERS)]
-    prefetcher = Prefetcher(drive, copies, readers[1], checksums, resident, buffers, tally)
+    recent = RecentUnits(packed, plan.recent_units) if plan.recent_units else None
+    prefetcher = Prefetcher(drive, copies, readers[1], checksums, resident, buffers, tally, recent)
     undo.callback(prefetcher.close)
     experts = None
     if gating is not None:
@@ -249,9 +258,10 @@ def _start(
         tally,
         time.perf_counter_ns,
         read_calibration(drive, packed),
+        recent,
     )
     undo.callback(engine.abandon)
-    weights = _allocated(resident, buffers) + plan.fetch_buffer_bytes
+    weights = _allocated(resident, buffers) + plan.fetch_buffer_bytes + plan.recent_bytes
     return CsdRuntime(
         drive, packed, plan, engine, tally, copies, readers[1], weights, guidance, gating
     )

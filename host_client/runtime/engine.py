@@ -36,6 +36,7 @@ from host_client.runtime.notes import Notes, Place, Text
 from host_client.runtime.plan import Plan, head_site
 from host_client.runtime.prefetch import Arrival, Block, Chosen, Prefetcher
 from host_client.runtime.quality import Quality
+from host_client.runtime.recent import RecentSite, RecentUnits
 from host_client.runtime.refusals import ContextExceeded, WindowTooSmall
 from host_client.runtime.residency import ResidentSite, residency_of
 from host_client.runtime.row_arithmetic import Encoding
@@ -93,6 +94,7 @@ class Engine:
         tally: Tally,
         now_ns: Callable[[], int],
         calibration: Calibration | None = None,
+        recent: RecentUnits | None = None,
     ) -> None:
         self.drive, self.model_id, self.model, self.plan = drive, model_id, model, plan
         self.resident, self.quality, self.tally = resident, quality, tally
@@ -101,6 +103,7 @@ class Engine:
         self._fetcher, self._prefetcher = fetcher, prefetcher
         self._guidance = guidance
         self.experts = experts  # of a mixture
+        self._recent = recent
         self._now_ns = now_ns
         self._fetch_buffer = Buffer(plan.fetch_buffer_bytes)
         groups = model.find(Role.HEADS, 0).count
@@ -173,6 +176,8 @@ class Engine:
             )
         if self.guided or self._takes_note:
             self._token = self._text.go_on(place)
+        if self.guided and self._recent is not None:
+            self._recent.go_on(place.cache)
 
     def encoding(self, site: Site) -> Encoding:
         """How the rows of a site's units are to be read."""
@@ -223,6 +228,19 @@ class Engine:
         """What a guided pass has of a site of the current layer; None: nothing was to be staged."""
         return self._arrived(site.layer).chosen.get(site.site)
 
+    def recent(self, site: Site) -> RecentSite | None:
+        """What of an FFN is held since recent tokens; None: the running pass uses none."""
+        is_used = self._recent is not None and self.guided and self.kept_of(site) < 1.0
+        return self._recent.of(site) if is_used and self._recent is not None else None
+
+    def choose_recent(self, site: Site) -> None:
+        """What is held of an FFN was computed: what was chosen, once it is known, is worth more."""
+        recent, chosen = self.recent(site), self.chosen(site)
+        if recent is None or chosen is None or chosen.predicted is None:
+            return
+        self.tally.recent_units += int(np.count_nonzero(recent.held[chosen.predicted]))
+        recent.choose(chosen.predicted)
+
     def leave(self, layer: int) -> None:
         """The layer's FFN is computed: its buffer is free."""
         self._arrived(layer)
@@ -271,6 +289,9 @@ class Engine:
             return None
         computed = self.resident[site.site].held
         computed[chosen.units] = True
+        recent = self.recent(site)
+        if recent is not None:
+            computed[recent.units] = True
         units = np.flatnonzero(computed).astype(np.uint32)
         if units.size == site.count:
             return None
@@ -405,9 +426,10 @@ class Engine:
             return None
         layers = self._choosing.layers
         if guidance.far.program == guidance.near.program:
-            return FarLevel(guidance.far, layers, near, None, copies, self.tally)
+            return FarLevel(guidance.far, layers, near, None, copies, self.tally, self._recent)
         notes = self._notes_for(guidance.far)
-        return FarLevel(guidance.far, layers, Asker(guidance.far), notes, copies, self.tally)
+        asker = Asker(guidance.far)
+        return FarLevel(guidance.far, layers, asker, notes, copies, self.tally, self._recent)
 
     def _begin_guided(self) -> None:
         assert self._guidance is not None

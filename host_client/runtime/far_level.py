@@ -25,6 +25,7 @@ from host_client.driver.commands import Origin
 from host_client.runtime.copies import Copies, PendingUnits
 from host_client.runtime.guidance import Asker, Guide
 from host_client.runtime.notes import Notes
+from host_client.runtime.recent import RecentUnits
 from host_client.runtime.schedule import Step, Wanted
 from host_client.runtime.tally import Tally
 
@@ -44,6 +45,7 @@ class FarLevel:
         notes: Notes | None,
         copies: Copies,
         tally: Tally,
+        recent: RecentUnits | None = None,
     ) -> None:
         """layers: what a guided pass needs of each.
 
@@ -55,6 +57,7 @@ class FarLevel:
         self.stopped = ""  # why it does not ask any more
         self._wanted = [tuple(filter(_can_ask, step.wanted)) for step in layers]
         self._copies, self._notes, self._tally = copies, notes, tally
+        self._recent = recent
         self._pending: deque[PendingUnits] = deque()
         self._next = 0  # the first layer that was not asked for
 
@@ -74,7 +77,7 @@ class FarLevel:
     def send(self, wanted: Sequence[Wanted], token: int, hidden: F32, origin: Origin) -> None:
         """Asks in a command of its own."""
         ask = self.asker.ask(token, hidden, origin)
-        targets = [entry.target(to_dram=True) for entry in wanted]
+        targets = [entry.target(self._recent, to_dram=True) for entry in wanted]
         self._pending.append(
             self._copies.predict_and_stage(
                 ask.program, ask.token, ask.hidden, targets, (), ask.told

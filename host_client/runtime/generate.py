@@ -67,6 +67,8 @@ class GenerationReport(BaseModel):
     far_refused: str | None  # why there is no far level, where one could be
     far_units: int  # brought from NAND
     far_units_used: int  # of those, found there by what was staged later
+    recent_bytes: int  # of the budget, for neurons of the last tokens
+    recent_units: int  # that were chosen and lay there, so that they were not staged
     window_ns_per_token: float  # in decode, what commands to the window took; modelled
     nand_wait_ns_per_token: float  # of that, waiting for NAND
     reader: str
@@ -187,6 +189,8 @@ def generate(
         far_refused=runtime.no_far,
         far_units=whole.brought_units,
         far_units_used=runtime.brought_units_used() - used_before,
+        recent_bytes=runtime.plan.recent_bytes,
+        recent_units=whole.recent_units,
         window_ns_per_token=decode.window_ns / decoded,
         nand_wait_ns_per_token=decode.nand_wait_ns / decoded,
         reader=runtime.reader.name,

@@ -159,9 +159,16 @@ class StagedFfn(nn.Module):
         computed = entry.held
         if entry.units.size:  # whatever was chosen, and while that is still on its way
             self._add(flat, out, entry.units, entry.values, witness)
+        recent = engine.recent(self._site)
+        if recent is not None and recent.units.size:
+            self._add(flat, out, recent.units, recent.values, witness)
+            computed[recent.units] = True
+        engine.choose_recent(self._site)
         for block in engine.blocks(self._site):
             self._add(flat, out, block.units, block.values, witness)
             computed[block.units] = True
+            if recent is not None:
+                recent.keep(block.units, block.values)
         if not engine.guided:
             for units, values in engine.missed_parts(self._site, computed):
                 self._add(flat, out, units, values)

@@ -5,7 +5,8 @@ the KV cache at its full context, the table of checksums and a small buffer for 
 name. What remains for weights is given out in the order of what a token needs surely: key and value
 projections, heads, the output head's rows, and last FFN neurons, hottest first, the same number in
 each layer so that no layer waits longer than another. Staging buffers are small: a layer's neurons
-pass through them part by part.
+pass through them part by part. A part of the neurons' memory may be for those of the last tokens
+instead (`recent`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from csd_protocol.packed import PackedModel, Role, Site, align_up
 from csd_protocol.units import format_size, parse_size
+from host_client.runtime.recent_room import WORTH_BYTES, RecentRoom, slot_bytes
 from host_client.runtime.refusals import BudgetTooSmall, InvalidBudget
 
 U32 = npt.NDArray[np.uint32]
@@ -43,6 +45,8 @@ class Plan:
     expert_buffer_bytes: int = 0  # the same for a mixture's experts
     resident_units: dict[int, int] = field(default_factory=dict)  # site -> units kept
     resident_bytes: int = 0
+    recent_units: int = 0  # of each layer, for neurons of the last tokens
+    recent_bytes: int = 0  # of all layers, with the tables for them
     staged_bytes_per_token: int = 0  # exact quality
     weights_bytes: int = 0  # the whole model at 16 bits
 
@@ -54,6 +58,7 @@ class Plan:
     def total_bytes(self) -> int:
         return (
             self.resident_bytes
+            + self.recent_bytes
             + self.staging_bytes
             + self.fetch_buffer_bytes
             + self.table_bytes
@@ -124,6 +129,7 @@ class _Draft:
         for site in model.sites:
             if site.role in ALWAYS_RESIDENT:
                 self.resident[site.site] = site.count
+        self.recent_units = 0
         self.kv_bytes = context * kv_bytes_per_token(model)
         neurons = sum(site.count for site in model.sites if site.role is Role.FFN)
         self.table_bytes = 4 * (model.unit_count + neurons)
@@ -174,6 +180,13 @@ class _Draft:
     def resident_bytes(self) -> int:
         return sum(self.resident[site.site] * site.unit_bytes for site in self.model.sites)
 
+    def recent_bytes(self) -> int:
+        if not self.recent_units:
+            return 0
+        site = self.ffns[0][0]
+        layer_bytes = self.recent_units * slot_bytes(site) + site.count * WORTH_BYTES
+        return self.model.layer_count * layer_bytes
+
     def staged_bytes(self) -> int:
         layers = sum(self.missing_bytes(site) for sites in self.sites_of_layer for site in sites)
         return layers + self.missing_bytes(self.head) + self.expert_bytes()
@@ -188,6 +201,7 @@ class _Draft:
     def total_bytes(self) -> int:
         return (
             self.resident_bytes()
+            + self.recent_bytes()
             + self.staging_bytes()
             + self.fetch_buffer_bytes
             + self.table_bytes
@@ -227,6 +241,21 @@ class _Draft:
             for site, units in zip(sites, kept.tolist(), strict=True):
                 self.resident[site.site] = units
 
+    def keep_recent(self, count: int) -> None:
+        """So many of each layer's neurons of the last tokens."""
+        self.recent_units = count
+
+    def share_with_recent(self, room: RecentRoom, budget_bytes: int) -> None:
+        """Gives a part of what neurons have to those of the last tokens, at most all of it."""
+        site = self.ffns[0][0]
+        neurons = self.resident[site.site]
+        wanted = room.slots(neurons, self.model.layer_count * slot_bytes(site))
+        if not wanted or neurons == site.count:
+            return
+        self.keep_hottest(0)
+        self.grow(self.keep_recent, min(wanted, site.count), budget_bytes)
+        self.grow(self.keep_hottest, site.count - self.recent_units, budget_bytes)
+
     def keep_units(self, sites: list[Site]) -> Callable[[int], None]:
         def keep(count: int) -> None:
             for site in sites:
@@ -249,12 +278,17 @@ def _by_heat(model: PackedModel, ffns: tuple[Site, ...], frequencies: U32 | None
 
 
 def make_plan(
-    model: PackedModel, budget_bytes: int, context: int, frequencies: U32 | None = None
+    model: PackedModel,
+    budget_bytes: int,
+    context: int,
+    frequencies: U32 | None = None,
+    recent: RecentRoom | None = None,
 ) -> Plan:
     """The plan that stages least within `budget_bytes`. Raises BudgetTooSmall.
 
     frequencies: how often each neuron was wanted [FFNs, neurons]; they divide a layer's resident
-    neurons among a mixture's experts.
+    neurons among a mixture's experts. recent: what of the neurons' memory is for those of the last
+    tokens; not for a mixture.
     """
     draft = _Draft(model, context, frequencies)
     if draft.total_bytes() > budget_bytes:
@@ -270,6 +304,8 @@ def make_plan(
     draft.grow(draft.keep_layers_of(Role.HEADS), layers, budget_bytes)
     draft.grow(draft.keep_units([draft.head]), draft.head.count, budget_bytes)
     draft.grow(draft.keep_hottest, neurons, budget_bytes)
+    if recent is not None and not model.experts:
+        draft.share_with_recent(recent, budget_bytes)
     embed = model.find(Role.EMBED)
     if embed is not draft.head:
         draft.grow(draft.keep_units([embed]), embed.count, budget_bytes)
@@ -281,6 +317,8 @@ def make_plan(
         fetch_buffer_bytes=draft.fetch_buffer_bytes,
         buffer_bytes=draft.buffer_bytes(),
         expert_buffer_bytes=draft.expert_buffer_bytes(),
+        recent_units=draft.recent_units,
+        recent_bytes=draft.recent_bytes(),
         resident_units=draft.resident,
         resident_bytes=draft.resident_bytes(),
         staged_bytes_per_token=draft.staged_bytes(),

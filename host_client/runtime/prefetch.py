@@ -31,6 +31,7 @@ from host_client.runtime.copies import Copies, PendingUnits
 from host_client.runtime.fetch import STAGE_TIMEOUT_S, WINDOW_LOSSES_MAX
 from host_client.runtime.guidance import Ask
 from host_client.runtime.plan import STAGE_ALIGN_BYTES
+from host_client.runtime.recent import RecentUnits
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
 from host_client.runtime.schedule import Step, Wanted, is_divisible
@@ -143,6 +144,7 @@ class Prefetcher:
         resident: dict[int, ResidentSite],
         buffers: list[Buffer],
         tally: Tally,
+        recent: RecentUnits | None = None,
     ) -> None:
         self._drive = drive
         self._copies = copies
@@ -150,6 +152,7 @@ class Prefetcher:
         self._checksums = checksums
         self._resident = resident
         self._tally = tally
+        self._recent = recent
         self.timeline: HostTimeline | None = None
         self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
         for buffer in buffers:
@@ -181,12 +184,12 @@ class Prefetcher:
         generation = self._reader.generation
         requests = tuple(_Request(step, generation, queue.SimpleQueue()) for step in steps)
         wanted = [wanted for step in steps for wanted in step.wanted]
-        targets = [entry.target() for entry in wanted]
+        targets = [entry.target(self._recent) for entry in wanted]
         release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
         pending: PendingUnits | None = None
         asked_ns = self.timeline.now_ns() if self.timeline else 0
         if ask is not None and (ask.told.experts or any(entry.keep < 1.0 for entry in wanted)):
-            targets += [entry.target(to_dram=True) for entry in to_dram]
+            targets += [entry.target(self._recent, to_dram=True) for entry in to_dram]
             pending = self._copies.predict_and_stage(
                 ask.program, ask.token, ask.hidden, targets, release, ask.told
             )

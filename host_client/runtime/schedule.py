@@ -16,6 +16,7 @@ import numpy.typing as npt
 from csd_protocol.packed import PackedModel, Role, Site, align_up
 from host_client.driver import StageTarget
 from host_client.runtime.plan import STAGE_ALIGN_BYTES
+from host_client.runtime.recent import RecentUnits
 from host_client.runtime.residency import ResidentSite
 
 U32 = npt.NDArray[np.uint32]
@@ -39,11 +40,13 @@ class Wanted:
         first, behind = np.searchsorted(missing, (self.first, end))
         return missing[first:behind]
 
-    def target(self, to_dram: bool = False) -> StageTarget:
-        """What to ask of the drive."""
+    def target(self, recent: RecentUnits | None, to_dram: bool = False) -> StageTarget:
+        """What to ask of the drive; of a choice, less what is held by now."""
         site = self.site.site
         if self.keep < 1.0:
-            return StageTarget(site=site, keep=self.keep, to_dram=to_dram)
+            slots = recent.of(self.site) if recent is not None else None
+            held = slots.held if slots is not None else None
+            return StageTarget(site=site, keep=self.keep, to_dram=to_dram, held=held)
         if self.units is not None:
             named = self.units
             return StageTarget(site=site, units=named, ignore_residency=True, to_dram=to_dram)

@@ -23,6 +23,7 @@ class Tally:
     dram_ns: int = 0
     link_ns: int = 0
     predicted_units: int = 0
+    recent_units: int = 0  # of those, held since recent tokens
     brought_units: int = 0  # from NAND into the drive's DRAM, ahead of their use
     corrections: int = 0  # of one layer each: what the units left out add, in the drive's low bits
     late_units: int = 0  # staged after the true input showed that they were missing

@@ -113,7 +113,8 @@ def volumes_of(
 ) -> list[Volumes]:
     """Of each layer, then of the output head.
 
-    frequencies: uint32 [FFNs, neurons]; how much of what a program chooses is resident.
+    frequencies: uint32 [FFNs, neurons]; how much of what a program chooses is resident. Neurons of
+    recent tokens count as that many more resident ones: about what they save.
     """
     layers = [
         _layer_volumes(model, plan, quality, frequencies, layer)
@@ -136,7 +137,7 @@ def _layer_volumes(
     ffns = model.ffns(layer)
     share = int(model.config["num_experts_per_tok"]) / len(ffns) if model.experts else 1.0
     for site in ffns:
-        resident = plan.resident_units[site.site]
+        resident = plan.resident_units[site.site] + plan.recent_units
         chosen = site.count * quality.kept * (1.0 - _found(model, site, resident, frequencies))
         away = min(site.count - resident, chosen) if quality.kept < 1.0 else site.count - resident
         staged += share * away * site.unit_bytes

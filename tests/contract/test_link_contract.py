@@ -188,6 +188,30 @@ def test_a_program_predicts_and_what_the_host_holds_is_left_out(drive: Drive) ->
     assert second.units.tolist() == first.predicted[10:].tolist()
 
 
+def test_what_a_target_says_is_held_is_left_out_of_it_alone(drive: Drive) -> None:
+    hidden = np.random.default_rng(2).standard_normal((2, HIDDEN)).astype(np.float32)
+    plain = StageTarget(FFN, keep=0.25)
+    (first,) = drive.predict_and_stage(MODEL, PROGRAM, 0, hidden, [plain]).result().sites
+    assert first.predicted is not None
+    held = np.zeros(UNITS, np.bool_)
+    held[first.predicted[:10]] = True
+    target = StageTarget(FFN, keep=0.25, held=held)
+    (second,) = drive.predict_and_stage(MODEL, PROGRAM, 1, hidden, [target]).result().sites
+    assert second.units is not None
+    assert second.predicted is not None
+    assert second.predicted.tolist() == first.predicted.tolist()
+    assert second.units.tolist() == first.predicted[10:].tolist()
+    lying = window_bytes(drive, second.window_offset, second.length_bytes)
+    assert np.array_equal(lying.reshape(-1, UNIT_BYTES), FFN_UNITS[second.units])
+    (third,) = drive.predict_and_stage(MODEL, PROGRAM, 2, hidden, [plain]).result().sites
+    assert third.unit_count == first.unit_count
+    for length in (UNITS - 8, UNITS + 8):
+        wrong = StageTarget(FFN, keep=0.25, held=np.zeros(length, np.bool_))
+        with pytest.raises(CommandFailed, match=r"bitmap of .* bytes for") as error:
+            drive.predict_and_stage(MODEL, PROGRAM, 3, hidden, [wrong]).result()
+        assert error.value.status is Status.INVALID_FIELD
+
+
 def test_all_units_and_none(drive: Drive) -> None:
     (everything,) = drive.stage(MODEL, [StageTarget(FFN, all=True)]).result().sites
     assert everything.units is None

@@ -177,8 +177,9 @@ def test_bit_errors_beyond_the_code_change_no_token(make_lab, tokens_of, greedy)
     lab.drive.clear_faults()
 
 
+@pytest.mark.parametrize("share", [0.2, 0.6])
 def test_a_kept_fraction_is_the_same_with_lost_units(
-    make_lab, flash: Flash, tokens_of, greedy
+    make_lab, flash: Flash, tokens_of, greedy, share: float
 ) -> None:
     lab = make_lab(copies=2)
     _, packed = lab.packed(NAME)
@@ -186,12 +187,14 @@ def test_a_kept_fraction_is_the_same_with_lost_units(
         0, build_predictor(lab.drive, packed, "shadow", lambda done, total: None)
     )
     ids = tokens_of(lab, NAME, 5)
-    model = lab.open(NAME, lab.budget(NAME, 0.2), 0.5)
+    budget = lab.budget(NAME, share)
+    model = lab.open(NAME, budget, 0.5, recent="50%")
+    assert (model.csd.plan.recent_units > 0) == (share > 0.5)
     expected = greedy(model, ids)
     model.csd.close()
     for unit in range(0, 130, 9):
         flash.lose(packed, Role.FFN, 1, unit)
-    model = lab.open(NAME, lab.budget(NAME, 0.2), 0.5)
+    model = lab.open(NAME, budget, 0.5, recent="50%")
     assert greedy(model, ids) == expected
     assert model.csd.copies.recovered_units > 0
 

@@ -99,7 +99,8 @@ def test_the_logits_are_those_of_the_dense_model_with_the_rest_left_out(
 ) -> None:
     load(lab, kind)
     audit = Audit(kept, PROMPT)
-    model = lab.open(NAME, lab.budget(NAME, share), kept, lookahead=lookahead, audit=True)
+    settings = {"lookahead": lookahead, "audit": True, "recent": 0}
+    model = lab.open(NAME, lab.budget(NAME, share), kept, **settings)
     choose = by_program(lab, model, kept, audit)
     masked = masked_dense(lab.zoo.dense(NAME), choose, lookahead).model
     ids = tokens_of(lab, NAME, PROMPT + DECODED)

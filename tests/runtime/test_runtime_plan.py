@@ -15,6 +15,7 @@ from host_client.runtime.plan import (
     make_plan,
     parse_budget,
 )
+from host_client.runtime.recent_room import RecentRoom
 from host_client.runtime.refusals import BudgetTooSmall, InvalidBudget
 
 GIB = 1 << 30
@@ -156,6 +157,44 @@ def test_the_buffers_hold_any_layer_and_the_plan_what_a_token_needs(
         assert plan.buffer_bytes >= head.unit_bytes
     layers = sum(missing[site.site] for site in model.sites if site.layer >= 0)
     assert plan.staged_bytes_per_token == layers + missing[head.site]
+
+
+@given(MODELS, st.integers(1, 2048), st.floats(0, 1.0), st.floats(0, 1.0))
+@settings(max_examples=60, deadline=None)
+def test_recent_units_have_a_part_of_what_neurons_have(
+    model: PackedModel, context: int, share: float, recent: float
+) -> None:
+    least, most = smallest(model, context), whole(model, context).total_bytes
+    budget = least + int(share * max(0, most - least))
+    without = make_plan(model, budget, context)
+    plan = make_plan(model, budget, context, recent=RecentRoom(share=recent))
+    assert plan.total_bytes <= budget
+    ffn = model.find(Role.FFN, 0)
+    neurons = without.resident_units[ffn.site]
+    wanted = 0 if neurons == ffn.count else int(neurons * recent)
+    assert plan.recent_units <= wanted
+    assert plan.resident_units[ffn.site] + plan.recent_units <= neurons
+    for site in model.sites:
+        if site.role in (Role.KV, Role.HEADS):
+            assert plan.resident_units[site.site] == without.resident_units[site.site]
+    if not wanted:
+        assert plan == without
+
+
+def test_recent_units_take_no_more_than_neurons_have() -> None:
+    model = manifest(64, 160, 4, 2, 300, tied=False)
+    budget = whole(model, 64).total_bytes * 3 // 4
+    without = make_plan(model, budget, 64)
+    neurons = without.resident_units[model.find(Role.FFN, 0).site]
+    assert 0 < neurons < 160
+    greedy = make_plan(model, budget, 64, recent=RecentRoom(size_bytes=1 << 40))
+    assert greedy.total_bytes <= budget
+    resident = greedy.resident_units[model.find(Role.FFN, 0).site]
+    assert resident <= 1 < greedy.recent_units < neurons
+    small = make_plan(model, budget, 64, recent=RecentRoom(size_bytes=20_000))
+    assert 0 < small.recent_units == 20_000 // (4 * (3 * 64 * 2 + 4))
+    all_fits = whole(model, 64).total_bytes
+    assert make_plan(model, all_fits, 64, recent=RecentRoom(share=0.5)).recent_units == 0
 
 
 def test_everything_resident_needs_no_buffers() -> None:

@@ -276,7 +276,7 @@ def test_a_correction_is_of_what_was_not_computed(lab, far_from, tokens_of, mask
     """Asked by hand for the same input and units, it fills the dense model's gaps the same."""
     load(lab, Kind.SHADOW)
     model_id, packed = lab.packed(NAME)
-    model = lab.open(NAME, lab.budget(NAME, 0.9), "0.2+correct", lookahead=0)
+    model = lab.open(NAME, lab.budget(NAME, 0.9), "0.2+correct", lookahead=0, recent=0)
     chosen: dict[int, np.ndarray] = {}
 
     def choose(layer: int, asked: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -102,6 +102,15 @@ def test_a_kept_fraction_stages_what_is_chosen_and_not_resident() -> None:
     assert more == pytest.approx(2 * site.count * site.values)
 
 
+def test_recent_units_count_as_more_resident_ones() -> None:
+    plan = make_plan(MODEL, make_plan(MODEL, 1 << 50, 64).total_bytes * 7 // 10, 64)
+    sites = [MODEL.find(Role.FFN, layer).site for layer in range(MODEL.layer_count)]
+    fewer = {site: plan.resident_units[site] - 3 for site in sites}
+    shared = replace(plan, recent_units=3, resident_units=plan.resident_units | fewer)
+    counts = np.random.default_rng(0).integers(0, 99, (4, MODEL.find(Role.FFN, 0).count), np.uint32)
+    assert volumes_of(MODEL, shared, HALF, counts) == volumes_of(MODEL, plan, HALF, counts)
+
+
 def test_classes_are_ordered_and_a_drive_says_its_own(lab) -> None:
     volumes = volumes_of(MODEL, make_plan(MODEL, 400_000, 64), EXACT)
     times = [token_time(volumes, rates, FAST_HOST, None).token_ns for rates in CLASSES]

@@ -136,6 +136,15 @@ def test_a_target_says_which_copy_its_units_come_from() -> None:
     ]
 
 
+def test_a_target_says_what_else_the_host_holds() -> None:
+    held = np.zeros(19, np.bool_)
+    held[[0, 9, 18]] = True
+    targets = [StageTarget(1, keep=0.5, held=held), StageTarget(2, keep=0.5)]
+    command = translate.command_of(entries.predict_and_stage(9, 4, 17, HIDDEN, targets).entry)
+    assert isinstance(command, fw.PredictAndStage)
+    assert [target.held for target in command.targets] == [bytes([1, 2, 4]), b""]
+
+
 def test_what_is_lost_comes_back_with_the_failure() -> None:
     lost = fw.MediaError((fw.LostUnits(4, 1, UNITS), fw.LostUnits(7, 0, UNITS[:1])))
     made = fw.Completion(5, Status.UNRECOVERED_READ, fw.Timing(), lost, "gone", True)

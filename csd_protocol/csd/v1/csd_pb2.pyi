@@ -1100,6 +1100,7 @@ class StageTarget(_message.Message):
     TO_DRAM_FIELD_NUMBER: _builtins.int
     FIRST_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     site: _builtins.int
     keep: _builtins.float
     """PREDICT_AND_STAGE only: the top fraction, by the program's score"""
@@ -1115,6 +1116,10 @@ class StageTarget(_message.Message):
     first: _builtins.int
     """Of `all`: only units from `first` on and below `end`; an `end` of 0: to the last."""
     end: _builtins.int
+    held: _builtins.bytes
+    """What the host holds of the site beside what HOST_RESIDENCY said: a bitmap as there, left out
+    of this target alone. Empty: nothing.
+    """
     @_builtins.property
     def elsewhere(self) -> _containers.RepeatedCompositeFieldContainer[Global___Elsewhere]:
         """each unit in one of them at most"""
@@ -1132,10 +1137,11 @@ class StageTarget(_message.Message):
         to_dram: _builtins.bool = ...,
         first: _builtins.int = ...,
         end: _builtins.int = ...,
+        held: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "keep", b"keep", "units", b"units", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "copy", b"copy", "elsewhere", b"elsewhere", "end", b"end", "first", b"first", "ignore_residency", b"ignore_residency", "keep", b"keep", "site", b"site", "to_dram", b"to_dram", "units", b"units", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "copy", b"copy", "elsewhere", b"elsewhere", "end", b"end", "first", b"first", "held", b"held", "ignore_residency", b"ignore_residency", "keep", b"keep", "site", b"site", "to_dram", b"to_dram", "units", b"units", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["keep", "units", "all"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015

@@ -7,8 +7,9 @@ was hit. A scan that comes back (all of a model for each token) would find nothi
 where no slot is empty, only one in SCAN_ADMITS of its units comes in, and what is here is hit in
 every round (bimodal insertion; Qureshi et al., ISCA 2007).
 
-For each (model, site) an int32 array says which slot each unit lies in. Sizes keep the slabs they
-took until a new size finds none free: the size with most slabs then starts over.
+For each (model, site) an int32 array says which slot each unit lies in. A size that has no empty
+slot left takes a slab that is free, or else the one of another size in which nothing was found or
+put for far longer than in any of its own: memory goes to the sizes that are being asked for.
 
 What was brought here ahead of its use is *held*: nothing that comes later evicts it, be it read for
 the window or brought for a layer further ahead, so that guesses about far layers never cost near
@@ -37,9 +38,11 @@ SLAB_BYTES_MIN = 1 << 20
 SLAB_BYTES_MAX = 16 << 20
 SLABS_AIM = 64
 SCAN_ADMITS = 64
+STALE = 4  # times as long untouched as the needy size's own slabs: units of each token stay
 HOLD_TURNS = 1024  # a few tokens' worth of targets
 HIT, TAKEN, HELD, BROUGHT = 1, 2, 3, 4  # marks of a slot; 0: none. BROUGHT: held, and not used yet
 _NO_SLOTS: I64 = np.empty(0, np.int64)
+_NEVER = np.iinfo(np.int64).max
 
 
 @njit(nogil=True, cache=True)
@@ -83,6 +86,7 @@ class _SizeClass:
         self.units: U32 = np.empty(0, np.uint32)
         self.marks: U8 = np.empty(0, np.uint8)
         self.ready_ns: I64 = np.empty(0, np.int64)  # when what comes from NAND is there
+        self.touched: I64 = np.empty(0, np.int64)  # by slab: the last turn in which it was used
         self.held = 0  # slots that are held
         self.used = 0  # slots below this one were filled at least once
         self.hand = 0
@@ -100,8 +104,37 @@ class _SizeClass:
         empty = min(count, self.slot_count - self.used)
         return empty + (count - empty) // SCAN_ADMITS
 
-    def add_slab(self, start: int) -> None:
+    def touch(self, slots: I64, turn: int) -> None:
+        """Something was found in or put into these."""
+        self.touched[slots // self.per_slab] = turn
+
+    def oldest(self) -> tuple[int, int] | None:
+        """The turn in which a slab without held slots was last touched, and which: the least."""
+        turns = self.touched
+        if self.held:
+            is_held = (self.marks.reshape(-1, self.per_slab) >= HELD).any(axis=1)
+            turns = np.where(is_held, _NEVER, turns)
+        if not turns.size or turns.min() == _NEVER:
+            return None
+        return int(turns.min()), int(np.argmin(turns))
+
+    def slots_of(self, slab: int) -> I64:
+        return np.arange(slab * self.per_slab, (slab + 1) * self.per_slab)
+
+    def remove_last_slab(self) -> int:
+        """Takes it away, empty; where it starts."""
+        start = int(self.slab_starts[-1])
+        kept = self.slot_count - self.per_slab
+        self.slab_starts, self.touched = self.slab_starts[:-1], self.touched[:-1]
+        self.owners, self.units = self.owners[:kept], self.units[:kept]
+        self.marks, self.ready_ns = self.marks[:kept], self.ready_ns[:kept]
+        self.used = min(self.used, kept)
+        self.hand = self.hand if self.hand < kept else 0
+        return start
+
+    def add_slab(self, start: int, turn: int) -> None:
         self.slab_starts = np.append(self.slab_starts, np.int64(start))
+        self.touched = np.append(self.touched, np.int64(turn))
         self.owners = np.append(self.owners, np.full(self.per_slab, -1, np.int32))
         self.units = np.append(self.units, np.zeros(self.per_slab, np.uint32))
         self.marks = np.append(self.marks, np.zeros(self.per_slab, np.uint8))
@@ -169,7 +202,9 @@ class UnitCache:
         slots = self._find(key, units)
         found = slots[slots >= 0]
         if found.size:
-            before = self._classes[self._unit_bytes[key]].mark(found, HIT)
+            sized = self._classes[self._unit_bytes[key]]
+            before = sized.mark(found, HIT)
+            sized.touch(found, self._turn)
             if key in self._holds:
                 self.brought_used += int(np.count_nonzero(before == BROUGHT))
         self.hits += int(found.size)
@@ -188,6 +223,7 @@ class UnitCache:
         if found.size:
             sized = self._classes[self._unit_bytes[key]]
             sized.mark(found[sized.marks[found] < HELD], BROUGHT if is_new else HELD)
+            sized.touch(found, self._turn)
             self.brought += found.size if is_new else 0
             self._holds.pop(key, None)
             self._holds[key] = self._turn + HOLD_TURNS
@@ -299,23 +335,49 @@ class UnitCache:
         sized = self._classes.get(unit_bytes)
         if sized is None:
             sized = self._classes[unit_bytes] = _SizeClass(unit_bytes, self._slab_bytes)
-        while self._free_slabs and sized.slot_count - sized.used < wanted:
-            sized.add_slab(self._free_slabs.pop())
-        if not sized.slot_count:
-            idle = [other for other in self._classes.values() if not other.held]
-            largest = max(idle, key=lambda other: other.slab_starts.size)
-            if not largest.slot_count:  # what there is is held
-                return None
-            self._start_over(largest)
-            sized.add_slab(self._free_slabs.pop())
-        return sized
+        while sized.slot_count - sized.used < wanted and (
+            self._free_slabs or self._free_oldest_slab(sized)
+        ):
+            sized.add_slab(self._free_slabs.pop(), self._turn)
+        return sized if sized.slot_count else None  # what there is is held
 
-    def _start_over(self, sized: _SizeClass) -> None:
-        """Takes all slabs from a class."""
-        for key in [key for key, size in self._unit_bytes.items() if size == sized.unit_bytes]:
-            self.drop(key)
-        self._free_slabs.extend(int(start) for start in sized.slab_starts)
-        del self._classes[sized.unit_bytes]
+    def _free_oldest_slab(self, needy: _SizeClass) -> bool:
+        """Frees the slab of another size that was not touched for longest.
+
+        False: all are held, or were touched not much longer ago than those of the needy size.
+        """
+        others = [
+            (*found, size)
+            for size, sized in self._classes.items()
+            if sized is not needy and (found := sized.oldest()) is not None
+        ]
+        if not others:
+            return False
+        turn, slab, size = min(others)
+        own = needy.oldest()
+        own_age = self._turn - own[0] if own else 0
+        if needy.slot_count and self._turn - turn <= STALE * max(1, own_age):
+            return False
+        self._free_slab(self._classes[size], slab)
+        return True
+
+    def _free_slab(self, sized: _SizeClass, slab: int) -> None:
+        """Forgets what lies in a slab; the last slab of its size takes its number."""
+        here, last = sized.slots_of(slab), sized.slots_of(sized.slab_starts.size - 1)
+        self._evict(sized, here)
+        sized.owners[here] = -1
+        if here[0] != last[0]:
+            owners = sized.owners[last]
+            for owner in np.unique(owners[owners >= 0]):
+                key = self._keys[owner]
+                assert key is not None
+                moved = last[owners == owner]
+                self._slots[key][sized.units[moved]] = here[owners == owner]
+            for column in (sized.owners, sized.units, sized.marks, sized.ready_ns):
+                column[here] = column[last]
+            for column in (sized.slab_starts, sized.touched):
+                column[[slab, -1]] = column[[-1, slab]]
+        self._free_slabs.append(sized.remove_last_slab())
 
     def _evict(self, sized: _SizeClass, slots: I64) -> None:
         """Tells the owners of these slots that they lost them."""
@@ -336,6 +398,7 @@ class UnitCache:
             known = np.append(known, np.full(max(needed, 64) - known.size, -1, np.int32))
             self._slots[key] = known
         known[units] = slots
+        sized.touch(slots, self._turn)
         sized.owners[slots] = self._owner_of[key]
         sized.units[slots] = units
         sized.marks[slots] = 0

@@ -122,13 +122,49 @@ def test_all_hit_and_all_replaced() -> None:
     assert not _fetch(cache, (1, 0), first, 4096).any()
 
 
-def test_a_new_size_gets_room_from_the_largest() -> None:
+def test_a_new_size_gets_room_from_another() -> None:
     cache = UnitCache(2 * MIB)
     units = np.arange(512, dtype=np.uint32)
     cache.insert((1, 0), units, _data((1, 0), units, 4096))
     assert cache.insert((1, 1), _units(7), _data((1, 1), _units(7), 1000)) == 1
     assert _fetch(cache, (1, 1), _units(7), 1000).all()
-    assert not _fetch(cache, (1, 0), units, 4096).any()
+    assert _fetch(cache, (1, 0), units, 4096).sum() == 256  # the other of two slabs
+
+
+def test_a_size_that_is_asked_for_takes_what_another_no_longer_needs() -> None:
+    cache, scan = UnitCache(8 * MIB), np.arange(3000, dtype=np.uint32)
+    rows = np.arange(4000, dtype=np.uint32)
+    cache.insert((1, 0), rows, _data((1, 0), rows, 2048))  # once, as a host loads what stays there
+    hits = []
+    for token in range(8):
+        row = rows[token : token + 1]
+        if cache.lookup((1, 0), row)[0] < 0:
+            cache.insert((1, 0), row, _data((1, 0), row, 2048))
+        before = cache.hits
+        for part in np.array_split(scan, 10):
+            missing = part[cache.lookup((1, 1), part) < 0]
+            room = cache.claim((1, 1), missing, 4096, is_scan=True)
+            cache.own(room)
+        hits.append(cache.hits - before)
+    assert hits[0] == 0
+    assert min(hits[3:]) > 0.9 * (7 * MIB / 4096)
+    assert max(hits) <= 8 * MIB / 4096
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_slabs_that_change_their_size_never_give_wrong_bytes(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cache = UnitCache(6 * MIB)
+    sizes = {0: 1024, 1: 3072, 2: 65536, 3: 4096}
+    for _ in range(300):
+        site = int(rng.integers(0, 4))
+        units = np.unique(rng.integers(0, 2000, int(rng.integers(1, 400)))).astype(np.uint32)
+        hit = _fetch(cache, (1, site), units, sizes[site])
+        missing = units[~hit]
+        cache.insert((1, site), missing, _data((1, site), missing, sizes[site]))
+        if rng.random() < 0.1:
+            cache.hold((1, site), units[:20], is_new=False)
+        assert cache.used_bytes <= 6 * MIB
 
 
 @pytest.mark.parametrize("capacity", [0, 1000])

@@ -49,7 +49,7 @@ def _measure(folder: Path, count: int, rounds: int) -> Ratio:
     ours, theirs = _aligned(size), _aligned(size)
     assert media.copy_units is not None
     nothing = Keep(np.empty(0, np.uint8), np.empty(0, np.int64))
-    make = partial(media.copy_units, starts, ours.reshape(count, UNIT_BYTES), nothing)
+    make = partial(media.copy_units, starts, ours.reshape(count, -1), np.arange(count), nothing)
     read = partial(os.preadv, cached, [theirs], 0)
     pairs = [(seconds_of(make), seconds_of(read)) for _ in range(1 + rounds)][1:]
     assert (ours == theirs).all()

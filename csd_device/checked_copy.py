@@ -208,21 +208,24 @@ def copy_checked(
     source: U8,
     starts: I64,
     out: U8,
+    rows: I64,
     keep: Keep,
     sectors: U16 | None = None,
     *,
     of_bytes: int | None = None,
 ) -> U32:
-    """Copies the unit at `source[starts[i]]` to the row out[i]; the CRC32C of each [n].
+    """Copies the unit at `source[starts[i]]` to the row out[rows[i]]; the CRC32C of each [n].
 
-    `source` and what is kept are flat, `out` is [n, unit_bytes], all contiguous. With `sectors`,
+    `source` and what is kept are flat, `out` is [m, unit_bytes], all contiguous. With `sectors`,
     what `starts` name are sectors of which sectors[s] - 1 says where in `source` number s lies, and
     each start is a multiple of 64. A range outside of any is a bug and fails an assertion; which
     sectors of `source` there are is the caller's to know.
     `of_bytes`: the size of the copy that this is a part of, if it is one.
     """
-    count, unit_bytes = out.shape
-    assert starts.size == count
+    count, unit_bytes = starts.size, out.shape[1]
+    assert rows.size == count
+    assert rows.min(initial=0) >= 0
+    assert rows.max(initial=-1) < out.shape[0]
     assert keep.starts.size <= count
     assert can_copy_checked(out, keep)
     assert out.flags.c_contiguous
@@ -232,11 +235,11 @@ def copy_checked(
         assert not (starts % LINE_BYTES).any()
         assert starts.max(initial=0) + unit_bytes <= sectors.size * SECTOR_BYTES
     _assert_inside(keep.starts, unit_bytes, keep.memory)
-    targets = out.ctypes.data + np.arange(count, dtype=np.int64) * unit_bytes
+    targets = out.ctypes.data + rows * unit_bytes
     keeps = np.zeros(count, np.int64)
     keeps[: keep.starts.size] = keep.memory.ctypes.data + keep.starts
     checksums = np.empty(count, np.uint32)
-    streams = (of_bytes or out.size) >= STREAM_BYTES_MIN
+    streams = (of_bytes or count * unit_bytes) >= STREAM_BYTES_MIN
     base = source.ctypes.data
     _pass_all(base, sectors, starts, targets, keeps, unit_bytes, streams, checksums)
     return checksums

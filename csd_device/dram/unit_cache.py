@@ -3,8 +3,12 @@
 The memory is divided into slabs; a slab holds slots of one unit size, so nothing fragments. Each
 size has its own CLOCK (second chance): a hit marks a slot, the hand clears marks and takes the
 first slot without one. New units come in unmarked, so a scan evicts itself before it evicts what
-was hit. For each (model, site) an int32 array says which slot each unit lies in. Sizes keep the
-slabs they took until a new size finds none free: the size with most slabs then starts over.
+was hit. A scan that comes back (all of a model for each token) would find nothing of itself then:
+where no slot is empty, only one in SCAN_ADMITS of its units comes in, and what is here is hit in
+every round (bimodal insertion; Qureshi et al., ISCA 2007).
+
+For each (model, site) an int32 array says which slot each unit lies in. Sizes keep the slabs they
+took until a new size finds none free: the size with most slabs then starts over.
 
 What was brought here ahead of its use is *held*: nothing that comes later evicts it, be it read for
 the window or brought for a layer further ahead, so that guesses about far layers never cost near
@@ -32,6 +36,7 @@ Key = tuple[int, int]
 SLAB_BYTES_MIN = 1 << 20
 SLAB_BYTES_MAX = 16 << 20
 SLABS_AIM = 64
+SCAN_ADMITS = 64
 HOLD_TURNS = 1024  # a few tokens' worth of targets
 HIT, TAKEN, HELD, BROUGHT = 1, 2, 3, 4  # marks of a slot; 0: none. BROUGHT: held, and not used yet
 _NO_SLOTS: I64 = np.empty(0, np.int64)
@@ -89,6 +94,11 @@ class _SizeClass:
     @property
     def claimable(self) -> int:
         return self.slot_count - self.held
+
+    def admitted(self, count: int) -> int:
+        """How many of so many units of a scan come in."""
+        empty = min(count, self.slot_count - self.used)
+        return empty + (count - empty) // SCAN_ADMITS
 
     def add_slab(self, start: int) -> None:
         self.slab_starts = np.append(self.slab_starts, np.int64(start))
@@ -217,9 +227,10 @@ class UnitCache:
         lengths = np.full(slots.size, unit_bytes, np.int64)
         gather(self._memory, starts, lengths, rows * unit_bytes, out.reshape(-1))
 
-    def claim(self, key: Key, units: U32, unit_bytes: int) -> Room:
+    def claim(self, key: Key, units: U32, unit_bytes: int, is_scan: bool = False) -> Room:
         """Room for the first of these units, as many as fit; none of them may be here.
 
+        `is_scan`: they are a part of all that there is, so few of them take another's place.
         Whoever lay there is forgotten. To be filled and then owned, or left: the slots of a room
         that is not owned are taken again. A unit larger than a slab gets none.
         """
@@ -227,7 +238,8 @@ class UnitCache:
         sized = self._size_class(unit_bytes, units.size)
         if sized is None:
             return Room(key, unit_bytes, units[:0], _NO_SLOTS, Keep(self._memory, _NO_SLOTS))
-        slots = sized.claim(min(units.size, sized.claimable))
+        wanted = min(units.size, sized.claimable)
+        slots = sized.claim(sized.admitted(wanted) if is_scan else wanted)
         self._evict(sized, slots)
         sized.owners[slots] = -1
         keep = Keep(self._memory, sized.starts(slots))

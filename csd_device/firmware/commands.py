@@ -206,6 +206,8 @@ class Target:
     copy: int = 0  # which of the model's copies units are read from
     elsewhere: tuple[Elsewhere, ...] = ()
     to_dram: bool = False  # into the unit cache only, for a later command
+    first: int = 0  # of all: from this unit on
+    end: int | None = None  # and below this one; None: to the last
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,6 @@ from csd_device.firmware.prediction import Prediction
 from csd_device.firmware.selection import kept_count, select_top
 from csd_device.firmware.unreadable import PieceUnreadable, UnitsUnreadable
 from csd_device.ftl import Ftl, PageReads
-from csd_device.gather import gather
 from csd_protocol.crc32c import crc32c_units
 from csd_protocol.status import Status
 
@@ -48,7 +47,8 @@ I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
 
-PIECE_BYTES, BULK_BYTES = 1 << 20, 16 << 20
+PIECE_BYTES = 32 << 20  # read at once
+ASIDE_BYTES = 4 << 20  # the same of what goes to DRAM alone, by way of memory of that size
 NO_UNITS: U32 = np.empty(0, np.uint32)
 
 
@@ -58,7 +58,7 @@ class _Choice:
 
     units: U32  # to be staged, ascending
     predicted: U32
-    all_missing: bool
+    all_missing: bool  # everything that the host lacks of what a target of all units means
     scores: F32 | None = None  # of all units of the site, where a program chose
 
     def best(self, units: U32, count: int) -> U32:
@@ -88,7 +88,7 @@ class Stager:
         self.window = window
         self.cache = cache
         self._ftl = ftl
-        self._scratch: U8 = np.empty(PIECE_BYTES, np.uint8)
+        self._scratch: U8 = np.empty(0, np.uint8)
 
     def stage(
         self,
@@ -159,7 +159,7 @@ class Stager:
         if count:
             lease = self.window.lease(count * site.unit_bytes, host.host_id)
             try:
-                brought = self._bring(site, choice.units, lease, copies)
+                brought = self._bring(site, choice.units, lease, copies, choice.all_missing)
             except CommandError:
                 self.window.release(lease.id, host.host_id)
                 raise
@@ -219,11 +219,11 @@ class Stager:
         wanted = choice.best(missing, cache.room(site.unit_bytes, missing.size))
         wanted = wanted[site.by_place(wanted, np.arange(wanted.size))]
         parts, reads, lost = [NO_UNITS], [_NO_READS], 0
-        for rows in _pieces(np.arange(wanted.size), site.unit_bytes, PIECE_BYTES):
+        for rows in _pieces(np.arange(wanted.size), site.unit_bytes, ASIDE_BYTES):
             units = wanted[rows]
             of = None if copies is None else copies[np.searchsorted(choice.units, units)]
             try:
-                reads.append(self._read_checked(site, units, self._scratch_rows(rows, site), of))
+                reads.append(self._read_aside(site, units, of))
             except PieceUnreadable as error:
                 reads.append(error.reads)
             here = cache.hold(site.key, units, is_new=True) >= 0
@@ -241,7 +241,9 @@ class Stager:
             units_lost=lost,
         )
 
-    def _bring(self, site: SiteRecord, units: U32, lease: Lease, copies: I64 | None) -> _Brought:
+    def _bring(
+        self, site: SiteRecord, units: U32, lease: Lease, copies: I64 | None, is_scan: bool
+    ) -> _Brought:
         """Fills the lease with these units, row after row, each from its copy (None: all first)."""
         out = self.window.view(lease.offset, lease.length).reshape(units.size, site.unit_bytes)
         slots = self.cache.lookup(site.key, units)
@@ -252,42 +254,44 @@ class Stager:
         if hits.size == units.size:
             return _Brought(units.size, _NO_READS, NO_UNITS, dram_ready_ns=ready_ns)
         misses = site.by_place(units, np.flatnonzero(slots < 0))
-        reads = [
-            self._read_piece(site, units, rows, out, copies)
-            for rows in _pieces(misses, site.unit_bytes)
-        ]
+        reads = []
+        for rows in _pieces(misses, site.unit_bytes):
+            of = None if copies is None else copies[rows]
+            reads.append(self._read_checked(site, units[rows], out, rows, of, is_scan))
         from_copies = _count_copies(copies, misses)
         return _Brought(hits.size, _joined(reads), units[misses], from_copies, ready_ns)
 
-    def _read_piece(
-        self, site: SiteRecord, units: U32, rows: I64, out: U8, copies: I64 | None
-    ) -> PageReads:
-        """Reads units[rows] from NAND into out[rows], checks them, and has them cached."""
-        wanted = units[rows]
-        side_by_side = _side_by_side(rows)
-        data = out[rows[0] : rows[-1] + 1] if side_by_side else self._scratch_rows(rows, site)
-        reads = self._read_checked(site, wanted, data, None if copies is None else copies[rows])
-        if not side_by_side:
-            lengths = np.full(rows.size, site.unit_bytes, np.int64)
-            starts = np.arange(rows.size) * site.unit_bytes
-            gather(data.reshape(-1), starts, lengths, rows * site.unit_bytes, out.reshape(-1))
-        return reads
+    def _read_aside(self, site: SiteRecord, units: U32, copies: I64 | None) -> PageReads:
+        """Reads units for the sake of the unit cache alone."""
+        needed = units.size * site.unit_bytes
+        if self._scratch.size < needed:
+            self._scratch = np.empty(needed, np.uint8)
+        aside = self._scratch[:needed].reshape(units.size, site.unit_bytes)
+        return self._read_checked(site, units, aside, np.arange(units.size), copies)
 
     def _read_checked(
-        self, site: SiteRecord, units: U32, data: U8, copies: I64 | None
+        self,
+        site: SiteRecord,
+        units: U32,
+        out: U8,
+        rows: I64,
+        copies: I64 | None,
+        is_scan: bool = False,
     ) -> PageReads:
-        """Reads units into data [n, unit_bytes], checks them and has them cached.
+        """Reads units from NAND into out[rows], checks them and has them cached.
 
         Raises PieceUnreadable for those that cannot be had; the others are cached.
         """
         offsets = site.offsets_of(units)
         if copies is not None:
             offsets += copies * site.copy_stride_bytes
-        room = self.cache.claim(site.key, units, site.unit_bytes)
+        room = self.cache.claim(site.key, units, site.unit_bytes, is_scan)
         try:
-            reads, found = self._ftl.read_checked(offsets, data, room.keep)
+            reads, found = self._ftl.read_checked(offsets, out, rows, room.keep)
         except UnrecoveredRead as error:
+            data = out[rows]
             reads, unread = self._read_apart(offsets, data, error)
+            out[rows] = data
             lost = unread | (crc32c_units(data) != site.crcs[units])
             status, why = error.status, error.detail
         else:
@@ -300,7 +304,7 @@ class Stager:
             status = Status.GUARD_CHECK
             why = f"CRC32C {found[at]:08x}, packed with {expected[at]:08x}"
         if not lost.all():  # the others are asked for again
-            self.cache.insert(site.key, units[~lost], data[~lost])
+            self.cache.insert(site.key, units[~lost], out[rows[~lost]])
         if not lost.any():  # a second read went well
             return reads
         raise PieceUnreadable(status, why, _by_copy(site, units, lost, copies), reads)
@@ -341,20 +345,13 @@ class Stager:
             units = _choose(site, target, host, prediction, time).units
             copies = _copies_of(site, target, units)
             misses = site.by_place(units, np.flatnonzero(self.cache.lookup(site.key, units) < 0))
-            for rows in _pieces(misses, site.unit_bytes) if misses.size else ():
-                data = self._scratch_rows(rows, site)
+            for rows in _pieces(misses, site.unit_bytes, ASIDE_BYTES):
                 of = None if copies is None else copies[rows]
                 try:
-                    time.read_pages(self._read_checked(site, units[rows], data, of))
+                    time.read_pages(self._read_aside(site, units[rows], of))
                 except PieceUnreadable as error:
                     time.read_pages(error.reads)
                     yield error
-
-    def _scratch_rows(self, rows: I64, site: SiteRecord) -> U8:
-        needed = rows.size * site.unit_bytes
-        if self._scratch.size < needed:
-            self._scratch = np.empty(needed, np.uint8)
-        return self._scratch[:needed].reshape(rows.size, site.unit_bytes)
 
 
 _NO_READS = PageReads(np.empty(0, np.int64), np.empty(0, np.int64))
@@ -376,9 +373,23 @@ def _choose(
             predicted = select_top(scores, kept_count(target.keep, site.count))
             units = predicted if held is None else predicted[~held[predicted]]
             return _Choice(units, predicted, False, scores)
+    first, end = _range(site, target)
     if held is None:
-        return _Choice(np.arange(site.count, dtype=np.uint32), NO_UNITS, True)
-    return _Choice(np.flatnonzero(~held).astype(np.uint32), NO_UNITS, True)
+        return _Choice(np.arange(first, end, dtype=np.uint32), NO_UNITS, True)
+    lacking = first + np.flatnonzero(~held[first:end])
+    return _Choice(lacking.astype(np.uint32), NO_UNITS, True)
+
+
+def _range(site: SiteRecord, target: Target) -> tuple[int, int]:
+    """Which units a target of all means: from the first on, below the second."""
+    if target.what is not What.ALL:
+        return 0, site.count
+    end = site.count if target.end is None else target.end
+    if not target.first < end <= site.count:
+        raise CommandError(
+            Status.NO_SITE, f"{site.name} has {site.count} units, none from {target.first} to {end}"
+        )
+    return target.first, end
 
 
 def _scores(
@@ -445,19 +456,10 @@ def _by_copy(site: SiteRecord, units: U32, lost: Flags, copies: I64 | None) -> l
     ]
 
 
-def _pieces(rows: I64, unit_bytes: int, bulk_bytes: int = BULK_BYTES) -> Iterator[I64]:
-    """Parts of the rows to be read at once, of one unit at least.
-
-    Rows side by side go straight to the window, in parts of at most `bulk_bytes`; others by way of
-    scratch memory that stays in the processor's cache, PIECE_BYTES of it.
-    """
-    step = max(1, (bulk_bytes if _side_by_side(rows) else PIECE_BYTES) // unit_bytes)
+def _pieces(rows: I64, unit_bytes: int, piece_bytes: int = PIECE_BYTES) -> Iterator[I64]:
+    """Parts of the rows to be read at once, of one unit at least."""
+    step = max(1, piece_bytes // unit_bytes)
     return (rows[start : start + step] for start in range(0, rows.size, step))
-
-
-def _side_by_side(rows: I64) -> bool:
-    """Whether each row follows the one before it; no row does not."""
-    return rows.size > 0 and bool((np.diff(rows) == 1).all())
 
 
 def _joined(reads: list[PageReads]) -> PageReads:

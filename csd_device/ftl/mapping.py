@@ -13,6 +13,8 @@ U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 
+_NOWHERE: U8 = np.empty(0, np.uint8)
+
 
 @njit(nogil=True, cache=True)
 def _cut(table: Any, offsets: Any, unit_bytes: Any, out: Any, pieces: Any) -> Any:
@@ -82,10 +84,10 @@ def _fold(psas: Any, sectors_per_page: Any, ppns: Any, sizes: Any) -> Any:
     return count
 
 
-def cut_units(table: U32, offsets: I64, unit_bytes: int, out: U8) -> I64:
-    """Byte ranges [n, 3] (start, length, target) of units at `offsets` into the flat `out`.
+def cut_units(table: U32, offsets: I64, unit_bytes: int, out: U8 = _NOWHERE) -> I64:
+    """Byte ranges [n, 3] (start, length, target) of units at `offsets`, packed into a flat array.
 
-    What is unmapped is zeroed in `out` and has no range.
+    What is unmapped has no range; it is zeroed in `out`, if that is given.
     """
     per_unit = (unit_bytes - 1) // SECTOR_BYTES + 2
     pieces = np.empty((offsets.size * per_unit, 3), np.int64)

@@ -230,24 +230,29 @@ class Ftl:
         """The cells, as they were wrapped."""
         return self._media
 
-    def read_checked(self, offsets_bytes: I64, out: U8, keep: Keep) -> tuple[PageReads, U32]:
-        """`read_units`, the CRC32C of each unit with it [n]; the first ones go to `keep` as well.
+    def read_checked(
+        self, offsets_bytes: I64, out: U8, rows: I64, keep: Keep
+    ) -> tuple[PageReads, U32]:
+        """`read_units` into out[rows], the CRC32C of each unit with it [n].
 
+        The first ones go to `keep` as well.
         In one pass where the media is direct, each unit lies in one piece and all places are
         multiples of 64.
         """
         copy_units, unit_bytes = direct_copy(self._media), out.shape[1]
         if copy_units and can_copy_checked(out, keep):
             self._check_bytes(int(offsets_bytes.min()), int(offsets_bytes.max()) + unit_bytes)
-            pieces = cut_units(self._table, offsets_bytes, unit_bytes, out.reshape(-1))
+            pieces = cut_units(self._table, offsets_bytes, unit_bytes)
             starts = whole_units(pieces, offsets_bytes.size, unit_bytes)
             if starts is not None:
-                checksums = copy_units(starts, out, keep)
+                checksums = copy_units(starts, out, rows, keep)
                 return PageReads(*self._pages_read(pieces)), checksums
-        reads = self.read_units(offsets_bytes, unit_bytes, out)
+        data = np.empty((rows.size, unit_bytes), np.uint8)
+        reads = self.read_units(offsets_bytes, unit_bytes, data)
         kept = np.arange(keep.starts.size) * unit_bytes
-        gather(out.reshape(-1), kept, np.full_like(kept, unit_bytes), keep.starts, keep.memory)
-        return reads, crc32c_units(out)
+        gather(data.reshape(-1), kept, np.full_like(kept, unit_bytes), keep.starts, keep.memory)
+        out[rows] = data
+        return reads, crc32c_units(data)
 
     def is_mapped(self, lpn: int, count: int) -> npt.NDArray[np.bool_]:
         """Which of these sectors hold data [count]."""

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ Begin = Callable[[Callable[[], None]], Callable[[], None]]
 ALIGN_BYTES = 4096
 READ_BYTES = 1 << 20  # of one read; the last one of a long run may be shorter
 ARENA_BYTES = 16 << 20  # of all that is read at once
+ROUND_BYTES = ARENA_BYTES // 2  # one half is copied out while the other fills
 JOB_READS = 16  # small reads that one job does one after the other
 
 _pread = types.ExternalFunction(
@@ -69,6 +71,16 @@ class _Reads:
     places: I64  # [reads] offset in the arena
     pieces_at: I64  # [n] offset in the arena
     last_reads: I64  # [n] after which read a piece is there, ascending
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Reads under way, and what is there behind them."""
+
+    wait: Callable[[], None]
+    pieces: slice
+    places: I64  # of those pieces in the arena
+    ends_round: bool
 
 
 @njit(nogil=True, cache=True)
@@ -133,35 +145,31 @@ class DirectMedia(PassingMedia):
 
     def gather(self, pieces: Pieces, out: U8) -> Retries | None:
         parts = _split(pieces)
-        for rows in _rounds(parts.lengths):
-            starts, lengths, targets = parts.starts[rows], parts.lengths[rows], parts.targets[rows]
-            for some, places in self._arrivals(starts, lengths):
-                gather(self._arena, places, lengths[some], targets[some], out)
+        for here, places in self._arrivals(parts.starts, parts.lengths):
+            gather(self._arena, places, parts.lengths[here], parts.targets[here], out)
         return None
 
-    def copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
+    def copy_units(self, starts: I64, out: U8, rows: I64, keep: Keep) -> U32:
         """`copy_checked` of what is read. Raises UnrecoveredRead."""
         unit_bytes = out.shape[1]
         lengths = np.full(starts.size, unit_bytes, np.int64)
-        if unit_bytes > ARENA_BYTES // 2:
-            return self._copy_in_parts(starts, lengths, out, keep)
+        if unit_bytes > ROUND_BYTES // 2:
+            return self._copy_in_parts(starts, lengths, out, rows, keep)
         checksums = np.empty(starts.size, np.uint32)
-        for rows in _rounds(lengths):
-            for some, places in self._arrivals(starts[rows], lengths[rows]):
-                here = slice(rows.start + some.start, rows.start + some.stop)
-                kept = Keep(keep.memory, keep.starts[here])
-                checksums[here] = copy_checked(
-                    self._arena, places, out[here], kept, of_bytes=out.size
-                )
+        for here, places in self._arrivals(starts, lengths):
+            kept = Keep(keep.memory, keep.starts[here])
+            checksums[here] = copy_checked(
+                self._arena, places, out, rows[here], kept, of_bytes=starts.size * unit_bytes
+            )
         return checksums
 
-    def _copy_in_parts(self, starts: I64, lengths: I64, out: U8, keep: Keep) -> U32:
+    def _copy_in_parts(self, starts: I64, lengths: I64, out: U8, rows: I64, keep: Keep) -> U32:
         """The same for units that the arena has no room for."""
-        flat, rows = out.reshape(-1), np.cumsum(lengths) - lengths
-        self.gather(Pieces(starts, lengths, rows), flat)
+        flat, targets = out.reshape(-1), rows * out.shape[1]
+        self.gather(Pieces(starts, lengths, targets), flat)
         kept = keep.starts.size
-        gather(flat, rows[:kept], lengths[:kept], keep.starts, keep.memory)
-        return crc32c_units(out)
+        gather(flat, targets[:kept], lengths[:kept], keep.starts, keep.memory)
+        return crc32c_units(out[rows])
 
     def sync(self) -> None:
         super().sync()
@@ -173,28 +181,43 @@ class DirectMedia(PassingMedia):
         super().close()
 
     def _arrivals(self, starts: I64, lengths: I64) -> Iterator[tuple[slice, I64]]:
-        """Reads pieces; as they come, some of them and where in the arena those are."""
+        """Reads pieces; as they come, some of them and where in the arena those are.
+
+        They are good until the next are asked for. While one round of pieces comes out of its half
+        of the arena, the next is being read into the other.
+        """
         assert not starts.size or (starts.min() >= 0 and lengths.min() >= 0)
         assert not starts.size or (starts + lengths).max() <= self.size_bytes
-        reads = _planned(starts, lengths)
-        jobs = deque(
-            (part.stop, self._begin(self._job(reads, part))) for part in _jobs(reads.lengths)
-        )
-        done = 0
+        jobs: deque[_Job] = deque()
+        rounds = enumerate(_rounds(lengths))
         try:
+            for number, rows in islice(rounds, 2):
+                jobs.extend(self._begin_round(number, rows, starts, lengths))
             while jobs:
-                read_count, wait = jobs.popleft()
-                wait()
-                here = int(np.searchsorted(reads.last_reads, read_count))
-                if here > done:
-                    yield slice(done, here), reads.pieces_at[done:here]
-                done = here
+                job = jobs.popleft()
+                job.wait()
+                if job.pieces.stop > job.pieces.start:
+                    yield job.pieces, job.places
+                if job.ends_round:
+                    for number, rows in islice(rounds, 1):
+                        jobs.extend(self._begin_round(number, rows, starts, lengths))
         finally:  # nothing may land in the arena when the next reads are asked for
-            for _, wait in jobs:
+            for job in jobs:
                 with suppress(UnrecoveredRead):
-                    wait()
+                    job.wait()
 
-    def _job(self, reads: _Reads, part: slice) -> Callable[[], None]:
+    def _begin_round(self, number: int, rows: slice, starts: I64, lengths: I64) -> Iterator[_Job]:
+        """Has the pieces in `rows` read into their half of the arena."""
+        reads = _planned(starts[rows], lengths[rows], number % 2 * ROUND_BYTES)
+        done = 0
+        for part in _jobs(reads.lengths):
+            wait = self._begin(self._work(reads, part))
+            here = int(np.searchsorted(reads.last_reads, part.stop))
+            pieces = slice(rows.start + done, rows.start + here)
+            yield _Job(wait, pieces, reads.pieces_at[done:here], part.stop == reads.at.size)
+            done = here
+
+    def _work(self, reads: _Reads, part: slice) -> Callable[[], None]:
         at, lengths = reads.at[part], reads.lengths[part]
         addresses = self._arena.ctypes.data + reads.places[part]
 
@@ -211,14 +234,15 @@ class DirectMedia(PassingMedia):
         return UnrecoveredRead(f"{self._path} cannot be read, {length} bytes at {at}", psas)
 
 
-def _planned(starts: I64, lengths: I64) -> _Reads:
+def _planned(starts: I64, lengths: I64, base: int) -> _Reads:
+    """How to read pieces into the arena from `base` on."""
     pages_max = int((lengths // ALIGN_BYTES + 2).sum())
     reads_max = starts.size * 2 + pages_max * ALIGN_BYTES // READ_BYTES
     reads, pieces = np.empty((reads_max, 3), np.int64), np.empty((starts.size, 2), np.int64)
     count = _plan(starts, lengths, reads, pieces)
     at, sizes, places = np.ascontiguousarray(reads[:count].T)
     pieces_at, last_reads = np.ascontiguousarray(pieces.T)
-    return _Reads(at, sizes, places, pieces_at, last_reads)
+    return _Reads(at, sizes, places + base, pieces_at + base, last_reads)
 
 
 def _jobs(lengths: I64) -> Iterator[slice]:
@@ -234,12 +258,12 @@ def _jobs(lengths: I64) -> Iterator[slice]:
 
 
 def _rounds(lengths: I64) -> Iterator[slice]:
-    """Pieces that have room in the arena together, at whatever addresses they lie."""
+    """Pieces that have room in half of the arena together, at whatever addresses they lie."""
     ends = np.cumsum((lengths + 2 * ALIGN_BYTES - 2) // ALIGN_BYTES * ALIGN_BYTES)
     start = 0
     while start < ends.size:
         before = int(ends[start - 1]) if start else 0
-        stop = int(np.searchsorted(ends, before + ARENA_BYTES, side="right"))
+        stop = int(np.searchsorted(ends, before + ROUND_BYTES, side="right"))
         assert stop > start
         yield slice(start, stop)
         start = stop

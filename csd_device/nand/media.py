@@ -82,7 +82,7 @@ class Media(Protocol):
     def close(self) -> None: ...
 
 
-CopyUnits = Callable[[I64, U8, Keep], U32]
+CopyUnits = Callable[[I64, U8, I64, Keep], U32]
 
 
 def direct_copy(media: Media) -> CopyUnits | None:
@@ -105,8 +105,8 @@ class RamMedia:
         gather(self._cells, pieces.starts, pieces.lengths, pieces.targets, out)
         return None
 
-    def copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
-        return copy_checked(self._cells, starts, out, keep)
+    def copy_units(self, starts: I64, out: U8, rows: I64, keep: Keep) -> U32:
+        return copy_checked(self._cells, starts, out, rows, keep)
 
     def write(self, start: int, data: U8) -> None:
         _check_range(self, start, data.size)
@@ -181,10 +181,10 @@ class FileMedia:
         self._bound_mapped(int(pieces.lengths.sum()) + pieces.lengths.size * _FAULT_BYTES)
         return None
 
-    def copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
-        checksums = copy_checked(self._cells, starts, out, keep)
+    def copy_units(self, starts: I64, out: U8, rows: I64, keep: Keep) -> U32:
+        checksums = copy_checked(self._cells, starts, out, rows, keep)
         runs = 1 + int(np.count_nonzero(np.diff(starts) != out.shape[1]))
-        self._bound_mapped(out.size + runs * _FAULT_BYTES)
+        self._bound_mapped(starts.size * out.shape[1] + runs * _FAULT_BYTES)
         return checksums
 
     def write(self, start: int, data: U8) -> None:

@@ -334,20 +334,20 @@ class PatternMedia:
         self._numbers.close()
         self.table.close()
 
-    def _copy_units(self, starts: I64, out: U8, keep: Keep) -> U32:
+    def _copy_units(self, starts: I64, out: U8, rows: I64, keep: Keep) -> U32:
         assert self._inner_copy is not None
         entries, unit_bytes = self._numbers.entries, out.shape[1]
         lengths = np.full(starts.size, unit_bytes, np.int64)
         count, touched = _count(entries, starts, lengths) if self.table.count else (0, 0)
         if not count:
-            return self._inner_copy(starts, out, keep)
+            return self._inner_copy(starts, out, rows, keep)
         if count == touched and not (starts % LINE_BYTES).any():
-            return copy_checked(self.table.cells, starts, out, keep, entries)
-        flat, targets = out.reshape(-1), np.arange(starts.size, dtype=np.int64) * unit_bytes
+            return copy_checked(self.table.cells, starts, out, rows, keep, entries)
+        flat, targets = out.reshape(-1), rows * unit_bytes
         self.gather(Pieces(starts, lengths, targets), flat)
         kept = keep.starts.size
         gather(flat, targets[:kept], lengths[:kept], keep.starts, keep.memory)
-        return crc32c_units(out)
+        return crc32c_units(out[rows])
 
     def _store(self, first: int, end: int) -> None:
         """Of these sectors, patterns become bytes like any others."""

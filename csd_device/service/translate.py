@@ -97,6 +97,8 @@ def _target(target: pb.StageTarget) -> fw.Target:
             for part in target.elsewhere
         ),
         to_dram=target.to_dram,
+        first=target.first,
+        end=target.end or None,
     )
 
 

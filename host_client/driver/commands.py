@@ -17,16 +17,19 @@ class StageTarget:
     """What to stage of one site: exactly one of `keep`, `units` and `all`.
 
     `keep` is the fraction of units a program chooses (predict_and_stage only); `units` are named,
-    ascending. `ignore_residency` stages named units even where the host said that it holds them.
-    Units are read from `copy` of the model; those that are in `elsewhere`, from the copy beside
-    them there (each in one entry at most, ascending). `to_dram` brings units into the drive's DRAM
-    only, as many as there is room for, the highest scores first; a later command finds them there.
+    ascending; `all` are those from `first` on and below `end` (None: to the last).
+    `ignore_residency` stages named units even where the host said that it holds them. Units are
+    read from `copy` of the model; those that are in `elsewhere`, from the copy beside them there
+    (each in one entry at most, ascending). `to_dram` brings units into the drive's DRAM only, as
+    many as there is room for, the highest scores first; a later command finds them there.
     """
 
     site: int
     keep: float | None = None
     units: U32 | None = None
     all: bool = False
+    first: int = 0
+    end: int | None = None
     ignore_residency: bool = False
     copy: int = 0
     elsewhere: tuple[tuple[int, U32], ...] = ()
@@ -38,6 +41,10 @@ class StageTarget:
             raise ValueError(f"site {self.site}: name one of keep, units and all, not {chosen}")
         if self.keep is not None and not 0.0 <= self.keep <= 1.0:
             raise ValueError(f"site {self.site}: keep is a fraction, not {self.keep}")
+        if not self.all and (self.first or self.end is not None):
+            raise ValueError(f"site {self.site}: `first` and `end` are of all units")
+        if self.end is not None and not 0 <= self.first < self.end:
+            raise ValueError(f"site {self.site}: no units from {self.first} to {self.end}")
 
 
 @dataclass(frozen=True, slots=True)

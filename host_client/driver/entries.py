@@ -301,6 +301,7 @@ def _target(target: StageTarget) -> pb.StageTarget:
         entry.keep = target.keep
     else:
         entry.all = True
+        entry.first, entry.end = target.first, target.end or 0
     return entry
 
 

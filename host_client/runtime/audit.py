@@ -15,12 +15,9 @@ import numpy.typing as npt
 from csd_protocol.packed import Site
 from host_client.runtime import kernels
 from host_client.runtime.engine import Engine
-from host_client.runtime.observed import down_norms
-from host_client.runtime.prefetch import Block
-from host_client.runtime.row_arithmetic import Encoding
+from host_client.runtime.observed import Witness
 
-U16 = npt.NDArray[np.uint16]
-I64 = npt.NDArray[np.int64]
+U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
 BOOL = npt.NDArray[np.bool_]
 
@@ -36,45 +33,40 @@ class Audited:
 
 
 class Auditor:
-    """Called for each layer of a guided pass; looks closely at one layer a token."""
+    """Looks closely at one layer of each guided pass."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.layers = [Audited() for _ in range(engine.model.layer_count)]
 
-    def __call__(self, site: Site, x: F32, block: Block) -> None:
-        """x: the true FFN input, float32 [1, hidden]."""
+    def looks_at(self, site: Site) -> bool:
+        """Whether it wants to know how active the neurons of this FFN are in the running pass."""
         engine = self._engine
-        if block.predicted is None or engine.position % engine.model.layer_count != site.layer:
+        return engine.guided and engine.position % engine.model.layer_count == site.layer
+
+    def audit(self, site: Site, x: F32, computed: BOOL, witness: Witness) -> None:
+        """An FFN is computed. x: its true input, float32 [1, hidden]; computed: of its units, [n].
+
+        witness: has seen what was computed.
+        """
+        engine = self._engine
+        chosen = engine.chosen(site)
+        if chosen is None or chosen.predicted is None:
             return
-        entry = engine.resident[site.site]
-        scores = np.zeros(site.count, np.float32)
-        encoding = engine.encoding(site)
-        scores[entry.units] = _scores(x, entry.values, encoding)
-        scores[block.units] = _scores(x, block.values, encoding)
-        for units, values in engine.missed_parts(site, block):
-            scores[units] = _scores(x, values, encoding)
+        for units, values in engine.missed_parts(site, computed):
+            activity = np.zeros((1, units.size), np.float32)
+            kernels.neurons(x, values, None, np.zeros_like(x), engine.encoding(site), activity)
+            witness.see(units, values, activity)
         kept = math.ceil(engine.kept_of(site) * site.count)
-        wanted = np.argpartition(-scores, kept - 1)[:kept]
+        wanted = witness.most_active(engine.kept_of(site), site.count)
         engine.tally.wanted_units += kept
-        engine.tally.wanted_in_time += int(np.isin(wanted, block.predicted).sum())
-        computed = entry.held
-        computed[block.units] = True
+        engine.tally.wanted_in_time += int(np.isin(wanted, chosen.predicted).sum())
         engine.tally.wanted_computed += int(computed[wanted].sum())
         self._note(site.layer, kept, computed, wanted)
 
-    def _note(self, layer: int, kept: int, computed: BOOL, wanted: I64) -> None:
+    def _note(self, layer: int, kept: int, computed: BOOL, wanted: U32) -> None:
         sums = self.layers[layer]
         sums.audits += 1
         sums.wanted += kept
         sums.computed += int(computed.sum())
         sums.found += int(computed[wanted].sum())
-
-
-def _scores(x: F32, values: U16, encoding: Encoding) -> F32:
-    activity = np.zeros((1, values.shape[0]), np.float32)
-    if values.shape[0]:
-        ignored = np.zeros_like(x)
-        kernels.neurons(x, values, None, ignored, encoding, activity)
-    scores: F32 = activity[0] * down_norms(values, x.shape[1], encoding)
-    return scores

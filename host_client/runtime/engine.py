@@ -34,17 +34,19 @@ from host_client.runtime.kernels import NARROW_ROWS
 from host_client.runtime.lookahead import Pace
 from host_client.runtime.notes import Notes, Place, Text
 from host_client.runtime.plan import Plan, head_site
-from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
+from host_client.runtime.prefetch import Arrival, Block, Chosen, Prefetcher
 from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import ContextExceeded, WindowTooSmall
 from host_client.runtime.residency import ResidentSite, residency_of
 from host_client.runtime.row_arithmetic import Encoding
+from host_client.runtime.schedule import Schedule, Scheduler, Step, Wanted
 from host_client.runtime.tally import Tally
 from host_client.runtime.timeline import COMPUTE, HostTimeline
 
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
+BOOL = npt.NDArray[np.bool_]
 
 STEPS_AHEAD_MAX = 8
 BURST_STEPS_MAX = 4  # steps of one command: fewer round trips, a later first answer
@@ -105,8 +107,9 @@ class Engine:
         self._kept_groups = kept_by_layer(
             quality.heads, groups, model.layer_count, DENSE_LAYERS_DEFAULT
         )
-        self._steps = self._steps_of(guided=False)
-        self._guided_steps = self._steps_of(guided=True)
+        scheduler = Scheduler(model, self.head, resident, plan.buffer_bytes)
+        self._sweep = scheduler.sweep()
+        self._choosing = scheduler.guided(self.kept_of)
         self._asker: Asker | None = None  # of the near program, if it is ever asked
         self._notes: Notes | None = None
         self.far: FarLevel | None = None
@@ -118,9 +121,11 @@ class Engine:
         self._place, self._text = Place(), Text()
         self._token = 0  # the position of the pass's first token, as programs count
         self._layers = model.layer_count
-        self._ahead = _steps_ahead(steps_room_bytes(drive, model), self._steps)
+        room_bytes = steps_room_bytes(drive, model)
+        self._ahead = _steps_ahead(room_bytes, self._sweep)
+        self._layers_ahead = _steps_ahead(room_bytes, self._choosing) if guidance else 0
+        self._schedule = self._sweep  # of the running pass
         self._next = 0  # the step to request next
-        self._guided = False
         self._current: Arrival | None = None
         self._arrived_layer = -1
         self._threads = TorchThreads()
@@ -133,11 +138,11 @@ class Engine:
         self.tell_residency()
         guided = self._guidance is not None and rows <= GUIDED_TOKENS_MAX
         is_stale = self._prefetcher.has_failed or self._prefetcher.next_number not in (None, 0)
-        if is_stale or guided or self._guided:
+        if is_stale or guided or self.guided:
             self._drop()
         if self._prefetcher.next_number is None:
             self._next = 0
-        self._guided = guided
+        self._schedule = self._choosing if guided else self._sweep
         if guided:
             self._begin_guided()
         if self.experts is not None:
@@ -166,7 +171,7 @@ class Engine:
                 f"{self.plan.context}. Pass a larger context (--context, or context= of "
                 f"from_pretrained)"
             )
-        if self._guided or self._takes_note:
+        if self.guided or self._takes_note:
             self._token = self._text.go_on(place)
 
     def encoding(self, site: Site) -> Encoding:
@@ -191,15 +196,32 @@ class Engine:
 
     def attended(self, layer: int, hidden: F32) -> None:
         """The hidden state [rows, hidden] behind the attention of `layer`: request what follows."""
-        if self._guided:
+        if self.guided:
             self._learn_pace()
         self._request_guided(Origin(layer, behind_attention=True), hidden)
         if self.experts is not None:
             self.experts.attended(hidden)
 
     def block(self, site: Site) -> Block | None:
-        """The staged part of a site of the current layer, waiting for it; None: nothing staged."""
+        """What was staged of a site of the current layer that comes whole, waiting for it."""
         return self._arrived(site.layer).blocks.get(site.site)
+
+    def blocks(self, site: Site) -> Iterator[Block]:
+        """What was staged of the current layer's FFN, as it comes: each is good until the next."""
+        while True:
+            arrival = self._arrived(site.layer)
+            if site.site in arrival.blocks:
+                yield arrival.blocks[site.site]
+            following = arrival.number + arrival.is_last
+            if following == self._schedule.first_of[site.layer + 1]:
+                return
+            self._release_current()
+            self._current, self._arrived_layer = self._take(following), site.layer
+            self._pump()
+
+    def chosen(self, site: Site) -> Chosen | None:
+        """What a guided pass has of a site of the current layer; None: nothing was to be staged."""
+        return self._arrived(site.layer).chosen.get(site.site)
 
     def leave(self, layer: int) -> None:
         """The layer's FFN is computed: its buffer is free."""
@@ -211,7 +233,7 @@ class Engine:
 
     def head_slices(self) -> Iterator[tuple[U32, U16]]:
         """The staged rows of the output head, slice by slice: (row numbers, values [n, words])."""
-        for step in self._steps[self._layers :]:
+        for step in self._schedule.slices:
             arrival = self._take(step.number)
             block = arrival.blocks[self.head.site]
             try:
@@ -234,7 +256,7 @@ class Engine:
     @property
     def corrects(self) -> bool:
         """Whether what the running pass leaves out of an FFN counts with the drive's low bits."""
-        return self._guided and self.quality.corrected
+        return self.guided and self.quality.corrected
 
     def correct(self, site: Site, x: F32) -> Callable[[], F32] | None:
         """Ask the drive for what the units of an FFN add that are not here, by its own input.
@@ -244,11 +266,11 @@ class Engine:
         """
         assert self._guidance is not None
         assert self._guidance.corrector is not None
-        block = self.block(site)
-        if block is None:
+        chosen = self.chosen(site)
+        if chosen is None:
             return None
         computed = self.resident[site.site].held
-        computed[block.units] = True
+        computed[chosen.units] = True
         units = np.flatnonzero(computed).astype(np.uint32)
         if units.size == site.count:
             return None
@@ -279,12 +301,9 @@ class Engine:
         for part in self._fetchable(site, away):
             yield part, self._fetch(site, part)
 
-    def missed_parts(self, site: Site, have: Block | None) -> Iterator[tuple[U32, U16]]:
-        """Stage late, part by part, the units that are neither resident nor in `have`."""
-        lacking = self.resident[site.site].position < 0
-        if have is not None:
-            lacking[have.units] = False
-        for part in self._fetchable(site, np.flatnonzero(lacking).astype(np.uint32)):
+    def missed_parts(self, site: Site, computed: BOOL) -> Iterator[tuple[U32, U16]]:
+        """Stage late, part by part, the units of a site not in `computed`, bool [count]."""
+        for part in self._fetchable(site, np.flatnonzero(~computed).astype(np.uint32)):
             self.tally.late_units += part.size
             yield part, self._fetch(site, part)
 
@@ -299,35 +318,12 @@ class Engine:
         values = self._fetch_buffer.array[: units.size * site.unit_bytes]
         return values.reshape(units.size, site.unit_bytes).view(np.uint16)
 
-    # ---- steps -------------------------------------------------------------------------------
-
-    def _steps_of(self, guided: bool) -> list[Step]:
-        """One step a layer, then one a slice of the output head; what is resident is in none."""
-        layers = [
-            [
-                Wanted(site, keep=self.kept_of(site) if guided else 1.0)
-                for site in self.model.sites
-                if site.layer == layer and site.expert < 0 and self.resident[site.site].missing.size
-            ]
-            for layer in range(self.model.layer_count)
-        ]
-        rows = self.resident[self.head.site].missing
-        rows_in_slice = max(1, self.plan.buffer_bytes // self.head.unit_bytes)
-        slices = [
-            [Wanted(self.head, units=rows[start : start + rows_in_slice])]
-            for start in range(0, rows.size, rows_in_slice)
-        ]
-        return [
-            Step(number, tuple(wanted), _missing_bytes(wanted, self.resident))
-            for number, wanted in enumerate(layers + slices)
-        ]
-
     # ---- requests ----------------------------------------------------------------------------
 
     @property
     def guided(self) -> bool:
         """Whether the running pass lets the program choose."""
-        return self._guided
+        return self._schedule is self._choosing
 
     def kept_of(self, site: Site) -> float:
         """The fraction of a site's units that a guided pass needs; 1: all of them."""
@@ -339,13 +335,14 @@ class Engine:
 
     def _request_guided(self, origin: Origin, hidden: F32) -> None:
         """Let the program choose for the layers that are due with a state from there."""
-        if not self._guided:
+        if not self.guided:
             return
         assert self._guidance is not None
         due = min(self._guidance.near.last_asked(origin) + 1, self._layers)
         ask: Ask | None = None
         while self._next < due:  # one run of the program, unless the window is too small
-            steps = self._guided_steps[self._next : min(due, self._next + self._ahead)]
+            most = min(due, self._next + max(1, self._layers_ahead))
+            steps = self._choosing.steps[self._next : most]
             self._next += len(steps)
             if _chooses(steps) and self._asker is not None:
                 ask = ask.again() if ask else self._asker.ask(self._token, hidden, origin)
@@ -359,16 +356,16 @@ class Engine:
         """Request what is known to be needed, as far ahead as the window allows."""
         burst = max(1, min(BURST_STEPS_MAX, self._ahead // 2))
         while self._prefetcher.outstanding + burst <= self._ahead and self._may_request():
-            steps = self._steps[self._next : self._next + burst]
+            steps = self._schedule.steps[self._next : self._next + burst]
             self._prefetcher.request(steps)
             self._next += len(steps)
-            if self._next == len(self._steps) and self._guidance is None:
+            if self._next == len(self._schedule.steps) and self._guidance is None:
                 self._next = 0
 
     def _may_request(self) -> bool:
-        if self._next == len(self._steps):
+        if self._next == len(self._schedule.steps):
             return False
-        return not self._guided or self._next >= self._layers
+        return not self.guided or self._next >= self._layers
 
     def _take(self, number: int) -> Arrival:
         if self._prefetcher.next_number is None:
@@ -381,7 +378,7 @@ class Engine:
         self.tally.wait_ns += self._now_ns() - started_ns
         if self._prefetcher.timeline is not None:
             self._prefetcher.timeline.note(COMPUTE, f"wait for step {number}", started_ns)
-        if self._guided and arrival.answer is not None and number < self._layers:
+        if self.guided and arrival.answer is not None and number < self._layers:
             self._learn(arrival.answer)
         return arrival
 
@@ -390,7 +387,7 @@ class Engine:
     @property
     def observes(self) -> bool:
         """Whether a program is to be told which units of the running pass were active."""
-        return self._guided and any(asker.guide.observes for asker in self._askers)
+        return self.guided and any(asker.guide.observes for asker in self._askers)
 
     def observe(self, site: Site, active: U32) -> None:
         """Units of a site were active, ascending."""
@@ -406,7 +403,7 @@ class Engine:
     def _far_level(self, guidance: Guidance, near: Asker, copies: Copies) -> FarLevel | None:
         if guidance.far is None:
             return None
-        layers = self._guided_steps[: self.model.layer_count]
+        layers = self._choosing.layers
         if guidance.far.program == guidance.near.program:
             return FarLevel(guidance.far, layers, near, None, copies, self.tally)
         notes = self._notes_for(guidance.far)
@@ -464,7 +461,7 @@ class Engine:
     def _takes_note(self) -> bool:
         """Whether a program is told of the running sweep, since it is of one text."""
         is_heard = self._notes is not None or (self.far is not None and self.far.hears)
-        return is_heard and not self._guided and self._place.texts == 1
+        return is_heard and not self.guided and self._place.texts == 1
 
     def _notes_for(self, guide: Guide) -> Notes | None:
         """For a program that remembers texts."""
@@ -488,14 +485,14 @@ class Engine:
     @property
     def _is_asked(self) -> bool:
         """Whether anything is left for a program to choose."""
-        return _chooses(self._guided_steps)
+        return _chooses(self._choosing.layers)
 
     # ---- what arrived ------------------------------------------------------------------------
 
     def _arrived(self, layer: int) -> Arrival:
         """The current layer's step, waiting for it."""
         if self._arrived_layer != layer:
-            self._current = self._take(layer)
+            self._current = self._take(self._schedule.first_of[layer])
             self._arrived_layer = layer
         assert self._current is not None, "a layer is taken before its blocks are asked for"
         return self._current
@@ -518,27 +515,19 @@ def _chooses(steps: Sequence[Step]) -> bool:
     return any(wanted.keep < 1.0 for step in steps for wanted in step.wanted)
 
 
-def _missing_bytes(wanted: list[Wanted], resident: dict[int, ResidentSite]) -> int:
-    counts = (
-        resident[entry.site.site].missing.size if entry.units is None else entry.units.size
-        for entry in wanted
-    )
-    sizes = (entry.site.unit_bytes for entry in wanted)
-    return sum(count * size for count, size in zip(counts, sizes, strict=True))
-
-
 def steps_room_bytes(drive: Drive, model: PackedModel) -> int:
     """What the window has for the engine's steps; as much again for experts, in a mixture."""
     room_bytes = drive.window_bytes - drive.window_bytes // WINDOW_SHARE
     return room_bytes // 2 if model.experts else room_bytes
 
 
-def _steps_ahead(room_bytes: int, steps: list[Step]) -> int:
+def _steps_ahead(room_bytes: int, schedule: Schedule) -> int:
     """How many steps may lie in the window at once. Raises WindowTooSmall when not even one."""
-    largest = max(step.bytes_max for step in steps)
-    if largest > room_bytes:
+    ahead = schedule.steps_ahead(room_bytes, STEPS_AHEAD_MAX)
+    if ahead == 0:
         raise WindowTooSmall(
-            f"one layer needs {format_size(largest)} of the drive's window at a time; "
-            f"{format_size(room_bytes)} of it are for that. Enlarge the window or the DRAM budget"
+            f"one step needs {format_size(schedule.largest_bytes)} of the drive's window at a "
+            f"time; {format_size(room_bytes)} of it are for that. Enlarge the window or the DRAM "
+            f"budget"
         )
-    return max(1, min(STEPS_AHEAD_MAX, room_bytes // max(1, largest)))
+    return ahead

@@ -17,7 +17,7 @@ further. The first layer's experts are foreseen by the state that enters it.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,10 @@ from host_client.driver.commands import Origin, Told
 from host_client.runtime.gating import Gating
 from host_client.runtime.guidance import Ask
 from host_client.runtime.plan import STAGE_ALIGN_BYTES, Plan
-from host_client.runtime.prefetch import Arrival, Block, Prefetcher, Step, Wanted
+from host_client.runtime.prefetch import Arrival, Block, Prefetcher
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
+from host_client.runtime.schedule import Step, Wanted
 from host_client.runtime.tally import Tally
 from host_client.runtime.timeline import COMPUTE, HostTimeline
 
@@ -62,8 +63,8 @@ class Experts:
         self._gating, self._kept = gating, kept
         self._now_ns = now_ns
         self._experts_of_token = int(model.config["num_experts_per_tok"])
-        self._buffer_bytes = plan.expert_buffer_bytes
-        self._steps_max = _steps_max(room_bytes, plan.expert_buffer_bytes)
+        self._step_bytes = max(self._largest_bytes(layer) for layer in range(model.layer_count))
+        self._steps_max = _steps_max(room_bytes, self._step_bytes)
         self._is_guided = False
         self._token = 0  # position of the pass's row 0
         self._foreseen = -1  # the layer that was asked for ahead
@@ -96,11 +97,12 @@ class Experts:
     def stage(self, layer: int, chosen: Sequence[int]) -> Iterator[tuple[int, Block]]:
         """Requests what the chosen experts lack; then, as it comes: expert and block.
 
-        A block is valid until the next is asked for. chosen: ascending.
+        A block is valid until the next is asked for; an expert may come in several. chosen:
+        ascending.
         """
         early = self._take() if self._foreseen == layer else None
         lacking = [site for site in map(self.sites[layer].__getitem__, chosen) if self._lacks(site)]
-        found = [site for site in lacking if early is not None and _was_chosen(early, site)]
+        found = [site for site in lacking if early is not None and _was_foreseen(early, site)]
         if self._is_guided and self._gating.gate is not None:
             self._tally.wanted_experts += len(lacking)
             self._tally.foreseen_experts += len(found)
@@ -111,21 +113,25 @@ class Experts:
     def _blocks(
         self, layer: int, early: Arrival | None, found: list[Site], late: deque[Step]
     ) -> Iterator[tuple[int, Block]]:
-        if early is not None:
-            try:
-                yield from ((site.expert, early.blocks[site.site]) for site in found)
-            finally:
-                early.finish()
+        wanted = {site.site for site in found}
+        while early is not None:
+            yield from self._blocks_of(early, wanted)
+            early = None if early.is_last else self._take()
         while self._prefetcher.next_number == layer:
             arrival = self._take()
-            try:
-                for site, block in arrival.blocks.items():
-                    if self._is_guided and self._gating.gate is not None:
-                        self._tally.late_units += block.units.size
-                    yield self._model.sites[site].expert, block
-            finally:
-                arrival.finish()
+            if self._is_guided and self._gating.gate is not None:
+                self._tally.late_units += sum(b.units.size for b in arrival.blocks.values())
+            yield from self._blocks_of(arrival, arrival.blocks.keys())
             self._request(layer, late)
+
+    def _blocks_of(self, arrival: Arrival, wanted: Set[int]) -> Iterator[tuple[int, Block]]:
+        """Those of wanted sites; done with the arrival then, or when the pass is broken off."""
+        try:
+            for site, block in arrival.blocks.items():
+                if site in wanted:
+                    yield self._model.sites[site].expert, block
+        finally:
+            arrival.finish()
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -154,23 +160,28 @@ class Experts:
         program = self._gating.within if self._chooses_within else gate
         assert program is not None
         told = Told(origin, experts=TopExperts(gate, self._experts_of_token))
-        step = Step(layer, wanted, self._buffer_bytes)
+        step = Step(layer, wanted, self._step_bytes)
         self._prefetcher.request([step], Ask(program, self._token, hidden, told))
         self._foreseen = layer
 
     def _steps_of(self, layer: int, sites: list[Site]) -> Iterator[Step]:
-        """These experts in steps that a buffer holds."""
+        """These experts in steps that are no larger than what is asked for ahead."""
         wanted: list[Wanted] = []
         size_bytes = 0
         for site in sites:
             site_bytes = missing_bytes(self._resident[site.site])
-            if wanted and size_bytes + site_bytes > self._buffer_bytes:
+            if wanted and size_bytes + site_bytes > self._step_bytes:
                 yield Step(layer, tuple(wanted), size_bytes)
                 wanted, size_bytes = [], 0
             wanted.append(self._wanted(site))
             size_bytes += site_bytes
         if wanted:
             yield Step(layer, tuple(wanted), size_bytes)
+
+    def _largest_bytes(self, layer: int) -> int:
+        """The most that the experts of one token may lack."""
+        sizes = sorted(missing_bytes(self._resident[site.site]) for site in self.sites[layer])
+        return sum(sizes[-self._experts_of_token :])
 
     def _wanted(self, site: Site) -> Wanted:
         return Wanted(site, keep=self._kept if self._chooses_within else 1.0)
@@ -193,14 +204,14 @@ class Experts:
 
 
 def missing_bytes(entry: ResidentSite) -> int:
-    """What an expert takes of a staging buffer."""
+    """What an expert takes of the window."""
     return align_up(entry.missing.size * entry.site.unit_bytes, STAGE_ALIGN_BYTES)
 
 
-def _was_chosen(early: Arrival, site: Site) -> bool:
+def _was_foreseen(early: Arrival, site: Site) -> bool:
     """Whether the gate foresaw this expert, of which something is missing."""
-    block = early.blocks[site.site]
-    return bool(block.units.size or (block.predicted is not None and block.predicted.size))
+    chosen = early.chosen[site.site]
+    return bool(chosen.units.size or (chosen.predicted is not None and chosen.predicted.size))
 
 
 def _steps_max(room_bytes: int, step_bytes: int) -> int:

@@ -25,7 +25,7 @@ from host_client.driver.commands import Origin
 from host_client.runtime.copies import Copies, PendingUnits
 from host_client.runtime.guidance import Asker, Guide
 from host_client.runtime.notes import Notes
-from host_client.runtime.prefetch import Step, Wanted, target_of
+from host_client.runtime.schedule import Step, Wanted
 from host_client.runtime.tally import Tally
 
 F32 = npt.NDArray[np.float32]
@@ -74,7 +74,7 @@ class FarLevel:
     def send(self, wanted: Sequence[Wanted], token: int, hidden: F32, origin: Origin) -> None:
         """Asks in a command of its own."""
         ask = self.asker.ask(token, hidden, origin)
-        targets = [target_of(entry, to_dram=True) for entry in wanted]
+        targets = [entry.target(to_dram=True) for entry in wanted]
         self._pending.append(
             self._copies.predict_and_stage(
                 ask.program, ask.token, ask.hidden, targets, (), ask.told

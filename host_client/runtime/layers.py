@@ -6,6 +6,7 @@ part one after the other, weights as they lie, in float32. None of them has para
 
 from collections.abc import Callable, Iterator
 from enum import Enum
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +17,27 @@ from csd_protocol.packed import Role, Site
 from host_client.runtime import kernels
 from host_client.runtime.engine import Engine
 from host_client.runtime.observed import Witness
-from host_client.runtime.prefetch import Block
 
 U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
+BOOL = npt.NDArray[np.bool_]
 
 # layer, units [n], activity float32 [tokens, n]: |silu(gate) * up|; called once a part of a layer
 Observer = Callable[[int, U32, F32], None]
-Auditor = Callable[[Site, F32, Block], None]  # an FFN's site, its true input, what was staged
+
+
+class Auditor(Protocol):
+    """Looks at some FFNs of guided passes."""
+
+    def looks_at(self, site: Site) -> bool:
+        """Whether it wants a witness of this one."""
+        ...
+
+    def audit(self, site: Site, x: F32, computed: BOOL, witness: Witness) -> None:
+        """It is computed, by its true input float32 [1, hidden]; computed: which units, [n]."""
+        ...
 
 
 def _flat(x: torch.Tensor) -> F32:
@@ -107,7 +119,7 @@ class StagedProjection(nn.Module):
         if entry.units.size:
             yield entry.units, entry.values
         block = self._engine.block(self._site) if entry.missing.size else None
-        if block is not None and block.units.size:
+        if block is not None:
             yield block.units, block.values
 
     def _columns_of(self, units: U32) -> I64 | slice:
@@ -139,24 +151,27 @@ class StagedFfn(nn.Module):
         engine, flat = self._engine, _flat(x)
         out = np.zeros_like(flat)
         encoding = engine.encoding(self._site)
-        witness = Witness(flat.shape[1], encoding) if engine.observes else None
+        auditor = self.auditor if self.auditor and self.auditor.looks_at(self._site) else None
+        is_watched = engine.observes or auditor is not None
+        witness = Witness(flat.shape[1], encoding) if is_watched else None
         correction = engine.correct(self._site, flat) if engine.corrects else None
         entry = engine.resident[self._site.site]
+        computed = entry.held
         if entry.units.size:  # whatever was chosen, and while that is still on its way
             self._add(flat, out, entry.units, entry.values, witness)
-        block = engine.block(self._site)
-        if block is not None and block.units.size:
+        for block in engine.blocks(self._site):
             self._add(flat, out, block.units, block.values, witness)
+            computed[block.units] = True
         if not engine.guided:
-            for units, values in engine.missed_parts(self._site, block):
+            for units, values in engine.missed_parts(self._site, computed):
                 self._add(flat, out, units, values)
-        elif self.auditor is not None and block is not None:
-            self.auditor(self._site, flat, block)
         if correction is not None:
             out += correction()
-        if witness is not None:
+        if witness is not None and engine.observes:
             active = witness.most_active(engine.kept_of(self._site), self._site.count)
             engine.observe(self._site, active)
+        if witness is not None and auditor is not None:
+            auditor.audit(self._site, flat, computed, witness)
         engine.leave(self._layer)
         return _like(x, out)
 

@@ -4,10 +4,11 @@ The budget covers everything of the model that lies in host memory: resident uni
 the KV cache at its full context, the table of checksums and a small buffer for units fetched by
 name. What remains for weights is given out in the order of what a token needs surely: key and value
 projections, heads, the output head's rows, and last FFN neurons, hottest first, the same number in
-each layer so that one pair of buffers serves all of them.
+each layer so that no layer waits longer than another. Staging buffers are small: a layer's neurons
+pass through them part by part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +22,8 @@ U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 
 ALWAYS_RESIDENT = (Role.NORMS, Role.FINAL_NORM, Role.ROUTER)
-BUFFERS = 2  # one layer is read while another computes
+BUFFERS = 2  # one part is read while another computes
+PART_BYTES = 24 << 20  # of a layer's neurons, read at once: long reads, and little memory
 KV_VALUE_BYTES = 4  # float32, as the attention computes
 FETCH_ROWS, FETCH_NEURONS = 64, 128  # what one fetch outside the steps brings at most
 HEAD_SLICE_BYTES_MIN = 1 << 20
@@ -38,7 +40,7 @@ class Plan:
     table_bytes: int  # checksums and unit indexes
     fetch_buffer_bytes: int
     buffer_bytes: int  # of each of BUFFERS staging buffers
-    expert_buffer_bytes: int = 0  # the same for a mixture's experts: those of one token
+    expert_buffer_bytes: int = 0  # the same for a mixture's experts
     resident_units: dict[int, int] = field(default_factory=dict)  # site -> units kept
     resident_bytes: int = 0
     staged_bytes_per_token: int = 0  # exact quality
@@ -134,29 +136,40 @@ class _Draft:
         return (site.count - self.resident[site.site]) * site.unit_bytes
 
     def layer_bytes(self, layer: int) -> int:
-        """What one staging of this layer puts into a buffer, each site aligned."""
-        sizes = (self.missing_bytes(site) for site in self.sites_of_layer[layer])
-        return sum(align_up(size, STAGE_ALIGN_BYTES) for size in sizes)
+        """What is staged of this layer, each site aligned."""
+        return self._aligned_bytes(self.sites_of_layer[layer])
 
-    def expert_buffer_bytes(self) -> int:
-        """Room for any experts that one token may choose, of the layer that lacks most."""
-        if not self.model.experts:
-            return 0
-        return max(
-            sum(align_up(size, STAGE_ALIGN_BYTES) for size in self._largest_missing(layer))
-            for layer in range(self.model.layer_count)
+    def whole_bytes(self, layer: int) -> int:
+        """The same of what a buffer has to hold at once: projections."""
+        return self._aligned_bytes(
+            [site for site in self.sites_of_layer[layer] if site.role is not Role.FFN]
         )
 
-    def _largest_missing(self, layer: int) -> list[int]:
-        sizes = sorted((self.missing_bytes(site) for site in self.ffns[layer]), reverse=True)
-        return sizes[: self._experts_of_token]
+    def expert_buffer_bytes(self) -> int:
+        """Room for a part of an expert; or for all that one token may lack, where that is less."""
+        if not self.model.experts:
+            return 0
+        largest = max(self.missing_bytes(site) for sites in self.ffns for site in sites)
+        return min(self._part_bytes, align_up(largest, STAGE_ALIGN_BYTES) * self._experts_of_token)
+
+    @property
+    def _part_bytes(self) -> int:
+        return max(PART_BYTES, self.ffns[0][0].unit_bytes)
+
+    def _aligned_bytes(self, sites: Sequence[Site]) -> int:
+        sizes = (self.missing_bytes(site) for site in sites)
+        return sum(align_up(size, STAGE_ALIGN_BYTES) for size in sizes)
 
     def staging_bytes(self) -> int:
         return BUFFERS * (self.buffer_bytes() + self.expert_buffer_bytes())
 
     def buffer_bytes(self) -> int:
-        layers = max(self.layer_bytes(layer) for layer in range(self.model.layer_count))
-        return max(layers, min(HEAD_SLICE_BYTES_MIN, self.missing_bytes(self.head)))
+        layers = range(self.model.layer_count)
+        return max(
+            max(map(self.whole_bytes, layers)),
+            min(self._part_bytes, max(map(self.layer_bytes, layers))),
+            min(HEAD_SLICE_BYTES_MIN, self.missing_bytes(self.head)),
+        )
 
     def resident_bytes(self) -> int:
         return sum(self.resident[site.site] * site.unit_bytes for site in self.model.sites)

@@ -1,11 +1,12 @@
 """Prefetch: staging commands go out ahead of compute, and a thread reads what they staged.
 
-A forward pass is a fixed sequence of *steps*, one a layer and one a slice of the output head. The
-compute thread requests steps in order (`request`, one command for several where it can) and takes
-them in order (`take`); between the two, the reading thread waits for the drive's completion, and
-for each step waits for one of the staging buffers, reads the window into it, checks every unit and
-hands the step over. Leases that are read go back with the next command. When the compute thread is
-done with a step it gives the buffer back (`Arrival.finish`).
+A forward pass is a fixed sequence of *steps* (`schedule`). The compute thread requests steps in
+order (`request`, one command for several where it can) and takes what they bring in order (`take`);
+between the two, the reading thread waits for the drive's completion, and for each step waits for
+one of the staging buffers, reads the window into it, checks every unit and hands that over. A step
+larger than a buffer arrives in parts, its neurons divided. Leases that are read go back with the
+next command. When the compute thread is done with an arrival it gives the buffer back
+(`Arrival.finish`).
 
 The reading thread holds no lock while it waits, reads or checks, and those release the GIL, so
 compute goes on meanwhile. An error in it is raised in the compute thread by the next `take`.
@@ -16,13 +17,13 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from csd_protocol.packed import Site
+from csd_protocol.packed import align_up
 from host_client.driver import Drive, DriveLost, Staged, StagedSite, StageTarget
 from host_client.io import Buffer, Extent, WindowLost, WindowReader
 from host_client.runtime.checksums import Checksums
@@ -32,6 +33,7 @@ from host_client.runtime.guidance import Ask
 from host_client.runtime.plan import STAGE_ALIGN_BYTES
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
+from host_client.runtime.schedule import Step, Wanted, is_divisible
 from host_client.runtime.tally import Tally
 from host_client.runtime.timeline import READING, HostTimeline
 
@@ -40,40 +42,32 @@ U32 = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """One site of a step. units: the named ones, None: all that are not resident."""
-
-    site: Site
-    units: U32 | None = None
-    keep: float = 1.0  # below 1: the fraction that a program chooses
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one layer or one slice of the output head needs from the drive; resident sites: no."""
-
-    number: int
-    wanted: tuple[Wanted, ...]
-    bytes_max: int
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
-    """Units of one site as they were staged. units: uint32 [n]; values: uint16 [n, unit bytes / 2].
-
-    predicted: what the program chose, resident or not; None when it was not asked.
-    """
+    """Units of one site that arrived. units: uint32 [n]; values: uint16 [n, unit bytes / 2]."""
 
     units: U32
     values: U16
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a step has of one site, in however many parts it arrives.
+
+    units: uint32 [n], staged; predicted: what the program chose, resident or not; None when it was
+    not asked.
+    """
+
+    units: U32
     predicted: U32 | None
 
 
 @dataclass(slots=True)
 class Arrival:
-    """One step's staged blocks, valid until `finish`."""
+    """One step's staged blocks, or a part of them, valid until `finish`."""
 
-    number: int
+    number: int  # of the step
+    is_last: bool  # of the step's arrivals
+    chosen: dict[int, Chosen]  # by site: of the whole step
     blocks: dict[int, Block] = field(default_factory=dict)  # by site
     answer: Staged | None = None  # to its command, with the first of that command's steps
     give_back: Callable[[], None] | None = None
@@ -91,6 +85,41 @@ class _Request:
     step: Step
     generation: int  # of the window when it was asked for
     arrived: "queue.SimpleQueue[Arrival | BaseException]"
+
+
+@dataclass(slots=True)
+class _Lease:
+    """What a command staged of one wanted site."""
+
+    wanted: Wanted
+    site: StagedSite
+    units: U32
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.wanted.site.unit_bytes
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One step's leases while they are being read."""
+
+    leases: list[_Lease]
+    generation: int  # of the window that they are in
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Units [start, stop) of a lease, and where in a buffer they go."""
+
+    lease: _Lease
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def length_bytes(self) -> int:
+        return (self.stop - self.start) * self.lease.unit_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +181,12 @@ class Prefetcher:
         generation = self._reader.generation
         requests = tuple(_Request(step, generation, queue.SimpleQueue()) for step in steps)
         wanted = [wanted for step in steps for wanted in step.wanted]
-        targets = [target_of(entry) for entry in wanted]
+        targets = [entry.target() for entry in wanted]
         release = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
         pending: PendingUnits | None = None
         asked_ns = self.timeline.now_ns() if self.timeline else 0
         if ask is not None and (ask.told.experts or any(entry.keep < 1.0 for entry in wanted)):
-            targets += [target_of(entry, to_dram=True) for entry in to_dram]
+            targets += [entry.target(to_dram=True) for entry in to_dram]
             pending = self._copies.predict_and_stage(
                 ask.program, ask.token, ask.hidden, targets, release, ask.told
             )
@@ -167,20 +196,24 @@ class Prefetcher:
         self._bursts.put(_Burst(requests, pending, asked_ns))
 
     def take(self) -> Arrival:
-        """The next requested step, once it is there. Raises what went wrong on its way."""
-        request = self._outstanding.popleft()
-        arrival = request.arrived.get()
+        """What is next of the requested steps, once it is there. Raises what went wrong with it."""
+        arrival = self._outstanding[0].arrived.get()
         if isinstance(arrival, BaseException):
+            self._outstanding.popleft()
             self.has_failed = True
             raise arrival
+        if arrival.is_last:
+            self._outstanding.popleft()
         return arrival
 
     def drain(self) -> None:
         """Drop everything that was requested and not taken, and give all leases back."""
         while self._outstanding:
-            arrival = self._outstanding.popleft().arrived.get()
+            arrival = self._outstanding[0].arrived.get()
             if isinstance(arrival, Arrival):
                 arrival.finish()
+            if isinstance(arrival, BaseException) or arrival.is_last:
+                self._outstanding.popleft()
         self.has_failed = False
         leases = [self._read_leases.popleft() for _ in range(len(self._read_leases))]
         with contextlib.suppress(DriveLost):  # then they are back already
@@ -213,100 +246,120 @@ class Prefetcher:
                 self.timeline.note_command(numbers, burst.asked_ns, answer.timing)
             sites = iter(answer.sites)
         for request in burst.requests:
-            mine = list(itertools.islice(sites, len(request.step.wanted)))
+            mine = itertools.islice(sites, len(request.step.wanted))
+            leases = [
+                self._lease(wanted, site)
+                for wanted, site in zip(request.step.wanted, mine, strict=True)
+            ]
             try:
-                arrival = self._arrive(request, mine)
+                self._hand_over(request, leases, answer)
             except BaseException:
-                mine += sites  # the later steps of the command will not be read either
+                self._give_back(sites)  # nobody reads the later steps of the command
                 raise
             finally:
-                self._read_leases.extend(site.lease for site in mine if site.lease)
+                self._give_back(lease.site for lease in leases)
+            answer = None
+
+    def _give_back(self, sites: Iterable[StagedSite]) -> None:
+        self._read_leases.extend(site.lease for site in sites if site.lease)
+
+    def _lease(self, wanted: Wanted, staged: StagedSite) -> _Lease:
+        units = staged.units
+        if units is None:
+            units = wanted.lacking(self._resident[staged.site].missing)
+        return _Lease(wanted, staged, units)
+
+    def _hand_over(self, request: _Request, leases: list[_Lease], answer: Staged | None) -> None:
+        """Reads what a step staged, and hands it over as buffers come free."""
+        chosen = {lease.site.site: Chosen(lease.units, lease.site.predicted) for lease in leases}
+        reading = _Reading(leases, request.generation)
+        parts = list(self._parts(request, leases))
+        for index, pieces in enumerate(parts):
+            arrival = Arrival(request.step.number, index == len(parts) - 1, chosen)
             arrival.answer, answer = answer, None
+            if pieces:
+                self._read(reading, pieces, arrival)
             request.arrived.put(arrival)
 
-    def _arrive(self, request: _Request, staged: list[StagedSite]) -> Arrival:
-        arrival = Arrival(request.step.number)
-        if not staged:
-            return arrival
+    def _parts(self, request: _Request, leases: list[_Lease]) -> Iterator[list[_Piece]]:
+        """What goes into each buffer; one part of nothing where nothing was staged."""
+        part: list[_Piece] = []
+        end = 0
+        for lease in leases:
+            start, count = 0, lease.units.size
+            while start < count:
+                stop = min(count, start + (self._buffer_bytes - end) // lease.unit_bytes)
+                is_cut = stop < count
+                if is_cut and not is_divisible(lease.wanted.site):
+                    stop = start
+                if stop > start:
+                    part.append(_Piece(lease, start, stop, end))
+                    end = align_up(end + part[-1].length_bytes, STAGE_ALIGN_BYTES)
+                elif not part:
+                    raise self._does_not_fit(request, lease)
+                if is_cut:
+                    yield part
+                    part, end = [], 0
+                start = stop
+        yield part
+
+    def _does_not_fit(self, request: _Request, lease: _Lease) -> WindowTooSmall:
+        return WindowTooSmall(
+            f"step {request.step.number} needs {lease.site.length_bytes} bytes of "
+            f"{lease.wanted.site.name} at once; a staging buffer has {self._buffer_bytes}"
+        )
+
+    def _read(self, reading: _Reading, pieces: list[_Piece], arrival: Arrival) -> None:
         buffer = self._free.get()
         arrival.give_back = lambda: self._free.put(buffer)
+        started_ns = self.timeline.now_ns() if self.timeline else 0
         try:
-            self._read(request, staged, buffer, arrival)
+            self._read_window(reading, pieces, buffer)
+            for piece in pieces:
+                arrival.blocks[piece.lease.site.site] = self._block(piece, buffer)
         except BaseException:
             arrival.finish()
             raise
-        return arrival
-
-    def _read(
-        self, request: _Request, staged: list[StagedSite], buffer: Buffer, arrival: Arrival
-    ) -> None:
-        offsets, end = [], 0
-        for site in staged:
-            offsets.append(end)
-            end += -(-site.length_bytes // STAGE_ALIGN_BYTES) * STAGE_ALIGN_BYTES
-        if end > self._buffer_bytes:
-            raise WindowTooSmall(
-                f"step {request.step.number} needs {end} bytes; a staging buffer has "
-                f"{self._buffer_bytes}"
-            )
-        started_ns = self.timeline.now_ns() if self.timeline else 0
-        self._read_window(request, staged, buffer, offsets)
-        for wanted, site, offset in zip(request.step.wanted, staged, offsets, strict=True):
-            arrival.blocks[site.site] = self._block(wanted, site, buffer, offset)
         if self.timeline is not None:
-            self.timeline.note(READING, f"read and check step {request.step.number}", started_ns)
+            self.timeline.note(READING, f"read and check step {arrival.number}", started_ns)
 
-    def _read_window(
-        self, request: _Request, staged: list[StagedSite], buffer: Buffer, offsets: list[int]
-    ) -> None:
+    def _read_window(self, reading: _Reading, pieces: list[_Piece], buffer: Buffer) -> None:
         """Reads what was staged; stages again what a window that went away took with it."""
-        generation = request.generation
         for losses_left in reversed(range(WINDOW_LOSSES_MAX)):
             extents = [
-                Extent(site.window_offset, site.length_bytes, buffer, offset)
-                for site, offset in zip(staged, offsets, strict=True)
-                if site.length_bytes
+                Extent(
+                    piece.lease.site.window_offset + piece.start * piece.lease.unit_bytes,
+                    piece.length_bytes,
+                    buffer,
+                    piece.offset,
+                )
+                for piece in pieces
             ]
             try:
-                return self._reader.read(extents, generation)
+                return self._reader.read(extents, reading.generation)
             except WindowLost:
                 if not losses_left:
                     raise
-            generation = self._reader.generation
-            self._stage_again(staged)
+            reading.generation = self._reader.generation
+            self._stage_again(reading.leases)
         return None
 
-    def _stage_again(self, staged: list[StagedSite]) -> None:
-        """Puts the same units of each site into the window of now; `staged` then says where."""
+    def _stage_again(self, leases: list[_Lease]) -> None:
+        """Puts the same units of each site into the window of now; the leases then say where."""
         targets = [
-            StageTarget(site=site.site, units=self._units_of(site), ignore_residency=True)
-            for site in staged
+            StageTarget(site=lease.site.site, units=lease.units, ignore_residency=True)
+            for lease in leases
         ]
         again = self._copies.stage(targets).result(STAGE_TIMEOUT_S)
         self._tally.add_staged(again)
-        self._read_leases.extend(site.lease for site in staged if site.lease)
-        staged[:] = [
-            replace(site, window_offset=new.window_offset, lease=new.lease)
-            for site, new in zip(staged, again.sites, strict=True)
-        ]
+        for lease, new in zip(leases, again.sites, strict=True):
+            self._give_back([lease.site])
+            lease.site = replace(lease.site, window_offset=new.window_offset, lease=new.lease)
 
-    def _units_of(self, staged: StagedSite) -> U32:
-        return self._resident[staged.site].missing if staged.units is None else staged.units
-
-    def _block(self, wanted: Wanted, staged: StagedSite, buffer: Buffer, offset: int) -> Block:
-        site = wanted.site
-        units = self._units_of(staged)
-        values = buffer.array[offset : offset + staged.length_bytes]
+    def _block(self, piece: _Piece, buffer: Buffer) -> Block:
+        site = piece.lease.wanted.site
+        units = piece.lease.units[piece.start : piece.stop]
+        values = buffer.array[piece.offset : piece.offset + piece.length_bytes]
         values = values.reshape(units.size, site.unit_bytes)
         self._checksums.verify(site, units, values)
-        return Block(units, values.view(np.uint16), staged.predicted)
-
-
-def target_of(wanted: Wanted, to_dram: bool = False) -> StageTarget:
-    """What to ask of the drive for one site of a step."""
-    site = wanted.site.site
-    if wanted.keep < 1.0:
-        return StageTarget(site=site, keep=wanted.keep, to_dram=to_dram)
-    if wanted.units is not None:
-        return StageTarget(site=site, units=wanted.units, ignore_residency=True, to_dram=to_dram)
-    return StageTarget(site=site, all=True, to_dram=to_dram)
+        return Block(units, values.view(np.uint16))

@@ -329,7 +329,7 @@ def test_a_window_too_small_for_a_layer_is_refused_and_a_larger_budget_helps(
     lab.packed(NAME)
     lab.open(NAME).csd.close()
     before = process_state()
-    with pytest.raises(WindowTooSmall, match=r"one layer needs .* Enlarge the window"):
+    with pytest.raises(WindowTooSmall, match=r"one step needs .* Enlarge the window"):
         lab.open(NAME, lab.budget(NAME, 0.0))
     assert process_state() == before
     assert agree(lab, lab.open(NAME, lab.budget(NAME, 1.0)))

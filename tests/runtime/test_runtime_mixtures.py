@@ -20,6 +20,7 @@ from host_client.calibrate.shadow_builder import build_shadow
 from host_client.calibrate.statistics import measure_frequencies
 from host_client.model.catalog import store_frequencies
 from host_client.model.errors import UnsupportedModel
+from host_client.runtime import plan
 from host_client.runtime.refusals import NoPredictor, RequestRefused
 
 CLOSE = 1e-5
@@ -149,6 +150,21 @@ def test_logits_are_transformers_own(lab, far_from, tokens_of, greedy, name, sha
     assert far_from(decode(model, ids, prompt=5), decode(dense, ids, prompt=5)) <= CLOSE
     assert greedy(model, ids) == greedy(dense, ids)
     assert model.csd.plan.total_bytes <= budget
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_experts_larger_than_a_staging_buffer(
+    lab, far_from, tokens_of, monkeypatch: pytest.MonkeyPatch, gate
+) -> None:
+    monkeypatch.setattr(plan, "PART_BYTES", 8 * KIB)
+    name = next(iter(SHAPES))
+    if GATES[gate] is not None:
+        GATES[gate](lab, name)
+    model, dense = lab.open(name, lab.budget(name, 0.2)), lab.zoo.dense(name)
+    (site, *_) = model.csd.packed.ffns(0)
+    assert site.count * site.unit_bytes > 8 * KIB >= model.csd.plan.expert_buffer_bytes
+    ids = tokens_of(lab, name, 10)
+    assert far_from(decode(model, ids, prompt=5), decode(dense, ids, prompt=5)) <= CLOSE
 
 
 @pytest.mark.parametrize("gate", GATES)

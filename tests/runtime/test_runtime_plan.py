@@ -8,6 +8,7 @@ from csd_protocol.packed import Extent, PackedModel, Part, Role, Site, UnitKind
 from host_client.runtime.plan import (
     BUFFERS,
     FETCH_NEURONS,
+    PART_BYTES,
     Plan,
     head_site,
     kv_bytes_per_token,
@@ -144,7 +145,11 @@ def test_the_buffers_hold_any_layer_and_the_plan_what_a_token_needs(
     }
     for layer in range(model.layer_count):
         sites = [site for site in model.sites if site.layer == layer]
-        assert sum(missing[site.site] for site in sites) <= plan.buffer_bytes
+        whole_bytes = sum(missing[site.site] for site in sites if site.role is not Role.FFN)
+        assert whole_bytes <= plan.buffer_bytes
+        neurons = model.find(Role.FFN, layer)
+        assert plan.buffer_bytes >= min(missing[neurons.site], PART_BYTES)
+        assert plan.buffer_bytes >= neurons.unit_bytes or not missing[neurons.site]
         assert plan.keeps_all(model.find(Role.NORMS, layer))
     head = head_site(model)
     if missing[head.site]:

@@ -26,11 +26,13 @@ def copied(count: int, unit_bytes: int, kept: int) -> None:
     rng = np.random.default_rng(count)
     source = rng.integers(0, 256, (count + 1) * unit_bytes, np.uint8)
     starts = rng.permutation(count).astype(np.int64) * unit_bytes + 5  # no alignment of the source
-    out, memory = lines(count * unit_bytes).reshape(count, -1), lines(kept * unit_bytes)
+    out, memory = lines((count + 2) * unit_bytes).reshape(count + 2, -1), lines(kept * unit_bytes)
     keep = Keep(memory, np.arange(kept, dtype=np.int64)[::-1] * unit_bytes)
-    checksums = copy_checked(source, starts, out, keep)
+    rows = rng.permutation(count + 2)[:count]
+    checksums = copy_checked(source, starts, out, rows, keep)
     expected = [source[start : start + unit_bytes] for start in starts]
-    assert (out == np.stack(expected)).all()
+    assert (out[rows] == np.stack(expected)).all()
+    assert not np.delete(out, rows, axis=0).any()
     assert checksums.tolist() == [crc32c(unit) for unit in expected]
     for index, start in enumerate(keep.starts):
         assert (memory[start : start + unit_bytes] == expected[index]).all()
@@ -60,7 +62,16 @@ def test_what_has_no_whole_lines_is_not_for_it() -> None:
 def test_a_unit_outside_of_the_source_is_a_bug(start: int) -> None:
     none = Keep(lines(0), np.empty(0, np.int64))
     with pytest.raises(AssertionError):
-        copy_checked(lines(128), np.array([start]), lines(64).reshape(1, 64), none)
+        copy_checked(
+            lines(128), np.array([start]), lines(64).reshape(1, 64), np.zeros(1, int), none
+        )
+
+
+@pytest.mark.parametrize("row", [-1, 1])
+def test_a_row_outside_of_the_target_is_a_bug(row: int) -> None:
+    none = Keep(lines(0), np.empty(0, np.int64))
+    with pytest.raises(AssertionError):
+        copy_checked(lines(64), np.zeros(1, int), lines(64).reshape(1, 64), np.array([row]), none)
 
 
 def has_direct_io(folder: Path) -> bool:
@@ -91,9 +102,10 @@ def test_the_ftl_reads_the_same_in_one_pass_and_in_two(
         ftl.write(0, data)
         out, memory = lines(13 * unit_bytes).reshape(13, -1), lines(2 * unit_bytes)
         keep = Keep(memory, np.array([unit_bytes, 0]))
-        offsets = np.arange(13, dtype=np.int64)[::-1].copy() * unit_bytes
-        reads, checksums = ftl.read_checked(offsets, out, keep)
-        assert (memory.reshape(2, -1) == out[[1, 0]]).all()
+        offsets = np.arange(13, dtype=np.int64) * unit_bytes
+        reads, checksums = ftl.read_checked(offsets, out, np.arange(13)[::-1].copy(), keep)
+        checksums = checksums[::-1]
+        assert (memory.reshape(2, -1) == out[[11, 12]]).all()
         assert checksums.tolist() == [crc32c(unit) for unit in out]
         pages = (reads.ppns.tolist(), reads.transfer_bytes.tolist())
         assert ftl.superblocks.reads.sum() == reads.ppns.size

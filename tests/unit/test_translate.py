@@ -1,5 +1,7 @@
 """Submission entries to commands and completions to entries, one of each."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -94,6 +96,21 @@ def test_a_prediction_arrives_with_its_arrays() -> None:
     ]
     assert command.targets[0].keep == 0.5
     assert command.targets[1].units.tolist() == UNITS.tolist()
+
+
+def test_a_target_of_all_may_be_a_range() -> None:
+    targets = [StageTarget(3, all=True, first=5, end=9), StageTarget(4, all=True)]
+    command = translate.command_of(entries.stage(9, targets).entry)
+    assert isinstance(command, fw.Stage)
+    assert [(target.first, target.end) for target in command.targets] == [(5, 9), (0, None)]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"first": 3}, {"keep": 0.5, "end": 4}, {"all": True, "end": 0}]
+)
+def test_a_range_is_of_all_units_and_not_empty(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="site 3"):
+        StageTarget(3, **settings)
 
 
 def test_a_mixtures_targets_may_be_those_of_the_top_experts() -> None:

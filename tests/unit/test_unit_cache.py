@@ -83,6 +83,27 @@ def test_hit_units_survive_a_scan() -> None:
     assert _fetch(cache, (1, 0), hot, 4096).all()
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_a_scan_that_comes_back_finds_what_there_is_room_for(share: float) -> None:
+    cache, units = UnitCache(4 * MIB), np.arange(int(4 * MIB / 1024 / share), dtype=np.uint32)
+    for round_number in range(6):
+        before = cache.hits
+        for part in np.array_split(units, 40):
+            missing = part[cache.lookup((1, 0), part) < 0]
+            cache.own(cache.claim((1, 0), missing, 1024, is_scan=True))
+        found = cache.hits - before
+        assert found == 0 if not round_number else found > 0.85 * share * units.size
+
+
+def test_a_scan_gives_way_to_another() -> None:
+    cache, units = UnitCache(4 * MIB), np.arange(6000, dtype=np.uint32)
+    for site in (0, 1):
+        for _ in range(100):
+            missing = units[cache.lookup((1, site), units) < 0]
+            cache.own(cache.claim((1, site), missing, 1024, is_scan=True))
+    assert np.count_nonzero(cache.lookup((1, 1), units) >= 0) > 3000
+
+
 def test_more_than_fits_keeps_the_first() -> None:
     cache = UnitCache(1 * MIB)
     units = np.arange(300, dtype=np.uint32)

@@ -1098,6 +1098,8 @@ class StageTarget(_message.Message):
     COPY_FIELD_NUMBER: _builtins.int
     ELSEWHERE_FIELD_NUMBER: _builtins.int
     TO_DRAM_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     site: _builtins.int
     keep: _builtins.float
     """PREDICT_AND_STAGE only: the top fraction, by the program's score"""
@@ -1110,6 +1112,9 @@ class StageTarget(_message.Message):
     """which of the model's copies units are read from; 0: the first"""
     to_dram: _builtins.bool
     """Bring units into on-drive DRAM only, for a later command: no lease, nothing over the link."""
+    first: _builtins.int
+    """Of `all`: only units from `first` on and below `end`; an `end` of 0: to the last."""
+    end: _builtins.int
     @_builtins.property
     def elsewhere(self) -> _containers.RepeatedCompositeFieldContainer[Global___Elsewhere]:
         """each unit in one of them at most"""
@@ -1125,10 +1130,12 @@ class StageTarget(_message.Message):
         copy: _builtins.int = ...,
         elsewhere: _abc.Iterable[Global___Elsewhere] | None = ...,
         to_dram: _builtins.bool = ...,
+        first: _builtins.int = ...,
+        end: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "keep", b"keep", "units", b"units", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "copy", b"copy", "elsewhere", b"elsewhere", "ignore_residency", b"ignore_residency", "keep", b"keep", "site", b"site", "to_dram", b"to_dram", "units", b"units", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "copy", b"copy", "elsewhere", b"elsewhere", "end", b"end", "first", b"first", "ignore_residency", b"ignore_residency", "keep", b"keep", "site", b"site", "to_dram", b"to_dram", "units", b"units", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["keep", "units", "all"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015

@@ -96,6 +96,25 @@ def test_what_the_host_holds_is_predicted_but_not_staged(staged_host, packed):
     np.testing.assert_array_equal(staged_host.window(site), packed.units[ffn][site.units])
 
 
+@pytest.mark.parametrize("first, end", [(0, 10), (5, None), (40, 41), (0, NEURONS)])
+def test_a_range_of_all_units(staged_host, packed, first, end):
+    ffn = packed.find(Role.FFN, 0)
+    hold(staged_host, ffn, 7, 8)
+    target = c.Target(ffn, c.What.ALL, first=first, end=end)
+    (site,) = staged_host.ok(c.Stage(1, (target,))).result.sites
+    expected = [unit for unit in range(NEURONS)[first:end] if unit not in (7, 8)]
+    assert site.all_missing
+    assert site.unit_count == len(expected)
+    np.testing.assert_array_equal(staged_host.window(site), packed.units[ffn][expected])
+
+
+@pytest.mark.parametrize("first, end", [(0, NEURONS + 1), (5, 5), (NEURONS, None), (9, 3)])
+def test_a_range_that_is_none_is_refused(staged_host, packed, first, end):
+    ffn = packed.find(Role.FFN, 0)
+    target = c.Target(ffn, c.What.ALL, first=first, end=end)
+    assert staged_host.run(c.Stage(1, (target,))).status is Status.NO_SITE
+
+
 @pytest.mark.parametrize("fraction", [1.0, 2.0])
 def test_keeping_everything_runs_no_program(staged_host, packed, fraction):
     ffn = packed.find(Role.FFN, 0)

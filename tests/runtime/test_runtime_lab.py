@@ -1,7 +1,7 @@
 """The lab: the same arithmetic as transformers' and as the drive's, on whole windows of text."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -35,6 +35,15 @@ NAME = "tied"
 WINDOWS, TOKENS = 3, 12
 BITS = 4
 Open = Callable[[str], DenseModel]
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """The lab deals its windows out to as many threads as torch may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

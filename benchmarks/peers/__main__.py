@@ -102,7 +102,7 @@ def _arguments() -> argparse.Namespace:
 
 def _table(report: Report) -> Table:
     table = Table(
-        *("peer", "tokens/s", "prefill", "peak memory", "read a token", "what"),
+        *("peer", "tokens/s", "prefill", "peak memory", "read a token", "of the disk", "what"),
         title=(
             f"LLaMA of {format_size(report.weights_bytes)}; limit {format_size(report.limit_bytes)}"
             f", {format_size(report.allowance_bytes)} of it for interpreter and libraries"
@@ -115,15 +115,24 @@ def _table(report: Report) -> Table:
 
 def _figures(finish: Finish) -> tuple[str, ...]:
     if finish.failure is not None:
-        return "", "", "", "", finish.failure
+        return "", "", "", "", "", finish.failure
     drive = finish.drive_peak_bytes
     return (
         f"{finish.tokens_per_s:.3g}",
         f"{finish.prefill_s:.2f} s",
         format_size(finish.peak_bytes or 0) + (f" + drive {format_size(drive)}" if drive else ""),
         format_size(int(finish.read_bytes_per_token or 0)),
+        _share_of_disk(finish),
         finish.version,
     )
+
+
+def _share_of_disk(finish: Finish) -> str:
+    """What was read a second, of what the disk gives large direct reads."""
+    if not finish.disk_bytes_per_s:
+        return ""
+    read = (finish.tokens_per_s or 0) * (finish.read_bytes_per_token or 0)
+    return f"{read / finish.disk_bytes_per_s:.0%} of {finish.disk_bytes_per_s / 1e9:.2f} GB/s"
 
 
 def _plot(report: Report, path: Path) -> None:

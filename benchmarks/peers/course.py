@@ -1,8 +1,11 @@
 """What all peers run, under which limit, and what is noted of each."""
 
+import mmap
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from host_client.runtime.cgroup import Cgroup, Hierarchy
 
 TIMEOUT_S = 900.0
 PREPARATION_S = 1200.0
+PROBE_BYTES, PROBE_PIECE_BYTES, PROBE_DEPTH = 1 << 30, 1 << 20, 4
 _SAID_LINES = 3  # of a peer that failed
 
 
@@ -33,6 +37,7 @@ class Finish(BaseModel):
     peak_bytes: int | None = None
     drive_limit_bytes: int | None = None
     drive_peak_bytes: int | None = None
+    disk_bytes_per_s: float | None = None  # that the disk gave just before and after, on average
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,24 @@ def drop_caches() -> None:
     """What is in the page cache is read from the disk again. Needs root."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def disk_rate(file: Path) -> float:
+    """Bytes a second that large direct reads of a file get from its disk now."""
+    handle = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    pieces = min(PROBE_BYTES, file.stat().st_size) // PROBE_PIECE_BYTES
+
+    def read(first: int) -> None:
+        memory = mmap.mmap(-1, PROBE_PIECE_BYTES)
+        for piece in range(first, pieces, PROBE_DEPTH):
+            os.preadv(handle, [memory], piece * PROBE_PIECE_BYTES)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(PROBE_DEPTH) as threads:
+        list(threads.map(read, range(PROBE_DEPTH)))
+    seconds = time.perf_counter() - started
+    os.close(handle)
+    return pieces * PROBE_PIECE_BYTES / seconds
 
 
 def said(words: list[str], timeout_s: float, group: Cgroup | None = None) -> str:

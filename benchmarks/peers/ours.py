@@ -62,17 +62,19 @@ class Way:
             )
             drop_caches()
             found: dict[str, Any] = json.loads(said(words, TIMEOUT_S))
+            config = load_config(DRIVE_FILE)
             return Finish(
                 peer=self.name,
                 version=self.version,
                 token_ids=found["token_ids"],
                 prefill_s=found["prefill_s"],
                 tokens_per_s=found["tokens_per_s"],
-                read_bytes_per_token=found["staged_bytes_per_token"],
+                read_bytes_per_token=found["nand_page_reads_per_token"]
+                * config.geometry.page_bytes,
                 wait_s=found["host_wait_s"],
                 limit_bytes=found["enforced"]["limit_bytes"],
                 peak_bytes=found["enforced"]["peak_bytes"],
-                drive_limit_bytes=load_config(DRIVE_FILE).dram.total_bytes,
+                drive_limit_bytes=config.dram.total_bytes,
                 drive_peak_bytes=group.peak_bytes if group else None,
             )
 

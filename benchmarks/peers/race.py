@@ -12,6 +12,7 @@ from benchmarks.peers.course import (
     Finish,
     PeerFailed,
     Runner,
+    disk_rate,
     limited,
     said,
 )
@@ -69,6 +70,9 @@ def race(course: Course, names: list[str]) -> Iterator[Finish]:
     peers = PEERS if course.bits == 16 else PEERS_4_BITS
     for name in names:
         try:
-            yield peers[name](course)
+            before = disk_rate(course.gguf)
+            finish = peers[name](course)
+            rate = (before + disk_rate(course.gguf)) / 2
+            yield finish.model_copy(update={"disk_bytes_per_s": rate})
         except PeerFailed as error:
             yield Finish(peer=name, failure=str(error), limit_bytes=course.limit_bytes)

@@ -56,6 +56,7 @@ class GenerationReport(BaseModel):
     host_weights_peak_bytes: int
     host_peak_rss_bytes: int
     staged_bytes_per_token: float
+    nand_page_reads_per_token: float
     late_units: int
     recovered_units: int
     host_wait_s: float
@@ -178,6 +179,7 @@ def generate(
         host_weights_peak_bytes=runtime.weights_bytes,
         host_peak_rss_bytes=peak_rss_bytes(),
         staged_bytes_per_token=decode.staged_bytes / decoded,
+        nand_page_reads_per_token=decode.nand_page_reads / decoded,
         late_units=whole.late_units,
         recovered_units=runtime.copies.recovered_units,
         host_wait_s=whole.wait_ns / NS_PER_S,

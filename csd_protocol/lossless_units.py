@@ -10,7 +10,7 @@ in registers. In groups of 32, as rows of levels are (`low_bit_units`), a row of
     cols / 2 bytes    codes, 16 bytes a group: byte i has the code of value i of the group in its
                       low half, that of value i + 16 in its high one
     1 byte            base, and three bytes of zero
-    4 bytes each      patches: column and value, uint16 each, to the next 32 bytes
+    4 bytes each      patches: column and value, uint16 each, until the row is whole lines
 
 A value is bfloat16(sign, code in the place of the exponent, mantissa) * 2 ** base. So code 0 is a
 zero and, in a row of base 0, a subnormal; another code is the exponent base + code. A value that
@@ -36,7 +36,7 @@ _CODES = 15  # that stand for exponents other than 0
 _EXPONENTS = 256
 _BASE_MAX = 127  # 2 ** base is a float32, and a value no more than 65280
 PATCH_BYTES = 4  # and as many for the base
-_TAIL_BYTES = 32  # base and patches are whole runs of these, so that rows are multiples of 16 bytes
+_LINE_BYTES = 64  # rows are whole lines: what copies units line by line takes them
 _PATCHES_LEAST, _COLS_PER_PATCH = 4, 128
 
 
@@ -50,7 +50,7 @@ class TooManyPatches(ValueError):
 
 def patches_of(cols: int) -> int:
     """How many patches a row has room for: one for 128 values and four more, at least."""
-    return _tail_bytes(cols) // PATCH_BYTES - 1
+    return (lossless_row_bytes(cols) - _coded_bytes(cols)) // PATCH_BYTES - 1
 
 
 def lossless_row_bytes(cols: int) -> int:
@@ -59,12 +59,12 @@ def lossless_row_bytes(cols: int) -> int:
         raise ValueError(f"{cols} values at 12 bits are not whole groups of {GROUP}")
     if cols > COLS_MAX:
         raise ValueError(f"{cols} values at 12 bits; a row has {COLS_MAX} at most")
-    return cols + cols // 2 + _tail_bytes(cols)
+    least = cols // _COLS_PER_PATCH + _PATCHES_LEAST
+    return -(-(_coded_bytes(cols) + (1 + least) * PATCH_BYTES) // _LINE_BYTES) * _LINE_BYTES
 
 
-def _tail_bytes(cols: int) -> int:
-    patches = cols // _COLS_PER_PATCH + _PATCHES_LEAST
-    return -(-(1 + patches) * PATCH_BYTES // _TAIL_BYTES) * _TAIL_BYTES
+def _coded_bytes(cols: int) -> int:
+    return cols + cols // 2
 
 
 def encode_rows(patterns: U16) -> U8:
@@ -76,7 +76,7 @@ def encode_rows(patterns: U16) -> U8:
     count, cols = patterns.shape
     row_bytes, room = lossless_row_bytes(cols), patches_of(cols)
     signed, codes = np.empty((count, cols), np.uint8), np.empty((count, cols), np.uint8)
-    tail = np.zeros((count, _tail_bytes(cols) // 2), "<u2")
+    tail = np.zeros((count, 2 * (1 + room)), "<u2")
     tail[:, 2::2] = NO_COLUMN
     needed = np.empty(count, np.int64)
     _encode(patterns, signed, codes, tail, needed)

@@ -166,7 +166,7 @@ def test_a_plan_says_that_12_bits_would_do_without_loss() -> None:
     trained = packed.model_copy(update={"source": "elsewhere"})
     verdict = plan_verdict(trained, make_plan(trained, 13 << 30, 512))
     assert verdict is not None
-    assert verdict.startswith("At 12 bits (11.5 GiB, pack --bits 12, without loss) all of it would")
+    assert verdict.startswith("At 12 bits (11.6 GiB, pack --bits 12, without loss) all of it would")
     verdict = plan_verdict(packed, make_plan(packed, 13 << 30, 512))
     assert verdict is not None
     assert verdict.startswith("At 8 bits (")

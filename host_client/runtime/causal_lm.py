@@ -240,7 +240,7 @@ def _start(
         buffers = [*buffers, *expert_buffers]
         lane = Prefetcher(drive, copies, readers[2], checksums, resident, expert_buffers, tally)
         undo.callback(lane.close)
-        room_bytes = steps_room_bytes(drive, packed)
+        _, room_bytes = steps_room_bytes(drive, packed, plan)
         kept, now_ns = settings.quality.kept, time.perf_counter_ns
         experts = Experts(packed, plan, resident, lane, gating, kept, room_bytes, tally, now_ns)
     engine = Engine(

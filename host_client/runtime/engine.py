@@ -124,7 +124,7 @@ class Engine:
         self._place, self._text = Place(), Text()
         self._token = 0  # the position of the pass's first token, as programs count
         self._layers = model.layer_count
-        room_bytes = steps_room_bytes(drive, model)
+        room_bytes, _ = steps_room_bytes(drive, model, plan)
         self._ahead = _steps_ahead(room_bytes, self._sweep)
         self._layers_ahead = _steps_ahead(room_bytes, self._choosing) if guidance else 0
         self._schedule = self._sweep  # of the running pass
@@ -537,10 +537,17 @@ def _chooses(steps: Sequence[Step]) -> bool:
     return any(wanted.keep < 1.0 for step in steps for wanted in step.wanted)
 
 
-def steps_room_bytes(drive: Drive, model: PackedModel) -> int:
-    """What the window has for the engine's steps; as much again for experts, in a mixture."""
+def steps_room_bytes(drive: Drive, model: PackedModel, plan: Plan) -> tuple[int, int]:
+    """What the window has for the engine's steps, and for a mixture's experts.
+
+    A step of a mixture is small, and what one token needs of its experts is large: so the steps get
+    what they can use, up to half of it.
+    """
     room_bytes = drive.window_bytes - drive.window_bytes // WINDOW_SHARE
-    return room_bytes // 2 if model.experts else room_bytes
+    if not model.experts:
+        return room_bytes, 0
+    steps_bytes = min(room_bytes // 2, STEPS_AHEAD_MAX * plan.buffer_bytes)
+    return steps_bytes, room_bytes - steps_bytes
 
 
 def _steps_ahead(room_bytes: int, schedule: Schedule) -> int:

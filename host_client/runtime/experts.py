@@ -117,6 +117,7 @@ class Experts:
         while early is not None:
             yield from self._blocks_of(early, wanted)
             early = None if early.is_last else self._take()
+        self._request(layer, late)  # what had no room beside what was foreseen
         while self._prefetcher.next_number == layer:
             arrival = self._take()
             if self._is_guided and self._gating.gate is not None:

@@ -84,7 +84,7 @@ class Schedule:
 
     def steps_ahead(self, room_bytes: int, most: int) -> int:
         """How many of its steps, up to `most`, have room in the window at once; 0: not even one."""
-        return min(most, room_bytes // max(1, self.largest_bytes))
+        return min(most, room_bytes // self.largest_bytes) if self.largest_bytes else most
 
     @property
     def largest_bytes(self) -> int:

@@ -377,6 +377,21 @@ def test_a_small_window_only_slows_down(make_mixture_lab, far_from, tokens_of, g
     assert greedy(model, ids, new=8) == greedy(dense, ids, new=8)
 
 
+@pytest.mark.parametrize("window_kib", [192, 1024])
+def test_experts_in_parts_are_foreseen_as_whole_ones(
+    make_mixture_lab, tokens_of, monkeypatch: pytest.MonkeyPatch, window_kib: int
+) -> None:
+    found = []
+    for part_bytes in (plan.PART_BYTES, 8 * KIB):
+        monkeypatch.setattr(plan, "PART_BYTES", part_bytes)
+        lab, name = make_mixture_lab(window_bytes=window_kib * KIB), "eight"
+        load_gate(lab, name)
+        model = lab.open(name, lab.budget(name, 0.0))
+        staged = staged_in_decode(model, tokens_of(lab, name, 14), prompt=4)
+        found.append((staged.wanted_experts, staged.foreseen_experts, staged.late_units))
+    assert found[0] == found[1]
+
+
 class Interrupted(Exception):
     """What a test throws into the middle of a pass."""
 

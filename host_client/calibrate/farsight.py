@@ -64,7 +64,7 @@ class Farsight:
 
     def encode(self, model: str) -> bytes:
         """A program file for the packed model of this name."""
-        arrays = {name: values.detach().cpu().numpy() for name, values in self.weights.items()}
+        arrays = {name: values.numpy() for name, values in self.weights.items()}
         blocks = tuple(
             FarsightBlock(
                 attn_norm=arrays[Tensor.BLOCK_ATTN_NORM.of(block)],

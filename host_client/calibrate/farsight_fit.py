@@ -8,7 +8,7 @@ layers only, dealt out anew each time, so that its memory does not grow with the
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -81,9 +81,10 @@ def _inner(width: int) -> int:
 def fit_farsight(
     text: SightText, width: int, rms_eps: float, epochs: int, progress: Progress
 ) -> Farsight:
-    """The last eighth of the windows is held back and decides which epoch is kept.
+    """Weights on the CPU, wherever they were trained.
 
-    Raises RequestRefused for a text of one window.
+    The last eighth of the windows is held back and decides which epoch is kept. Raises
+    RequestRefused for a text of one window.
     """
     known, device = len(text.hidden) - text.held_back, best_device()
     if known == 0:
@@ -118,7 +119,7 @@ def fit_farsight(
         return _mean_recall(sight, features, text.wanted, slice(known * tokens, None), device)
 
     train(weights, known, add_gradients, recall, Schedule(epochs, _RATE, _BATCH), progress)
-    return sight
+    return replace(sight, weights={name: values.cpu() for name, values in weights.items()})
 
 
 def _mean_recall(

@@ -41,6 +41,7 @@ class _Version:
     peak: str
     usage: str
     kills: str  # lines of names and counts, `oom_kill` among them
+    cached: str  # the line of memory.stat with what is page cache
     no_swap: tuple[tuple[str, str | None], ...]  # files, and what to write; None: the limit
 
 
@@ -49,6 +50,7 @@ _V1 = _Version(
     peak="memory.max_usage_in_bytes",
     usage="memory.usage_in_bytes",
     kills="memory.oom_control",
+    cached="cache",
     no_swap=(("memory.swappiness", "0"), ("memory.memsw.limit_in_bytes", None)),
 )
 _V2 = _Version(
@@ -56,6 +58,7 @@ _V2 = _Version(
     peak="memory.peak",
     usage="memory.current",
     kills="memory.events",
+    cached="file",
     no_swap=(("memory.swap.max", "0"),),
 )
 
@@ -149,6 +152,11 @@ class Cgroup:
         return int(self._read(self._version.usage))
 
     @property
+    def kept_bytes(self) -> int:
+        """What is in use without page cache, the first that the kernel takes back."""
+        return max(0, self.usage_bytes - self._counted("memory.stat", self._version.cached))
+
+    @property
     def peak_bytes(self) -> int:
         """The most that was in use at once since the group was made."""
         return int(self._read(self._version.peak))
@@ -156,8 +164,7 @@ class Cgroup:
     @property
     def kills(self) -> int:
         """How many of its processes the kernel ended for want of memory."""
-        lines = (line.split() for line in self._read(self._version.kills).splitlines())
-        return sum(int(words[1]) for words in lines if words[0] == "oom_kill")
+        return self._counted(self._version.kills, "oom_kill")
 
     def _cannot_limit(self) -> str | None:
         """Why not; None: it can. Has the controller passed on to it where that takes asking."""
@@ -169,6 +176,11 @@ class Cgroup:
         if not (self.folder / self._version.peak).exists():
             return f"there is no {self._version.peak}; Linux 5.19 or newer has it"
         return None
+
+    def _counted(self, name: str, what: str) -> int:
+        """The count in the line of that file that begins with `what`; 0: there is none."""
+        lines = (line.split() for line in self._read(name).splitlines())
+        return sum(int(words[1]) for words in lines if words[0] == what)
 
     def _read(self, name: str) -> str:
         return (self.folder / name).read_text()

@@ -9,7 +9,16 @@ from host_client.runtime.cgroup import Cgroup, Hierarchy
 
 ALLOWANCE_BYTES = 448 << 20
 """Beside the budget, for what is no part of the model: interpreter, torch, transformers, gRPC,
-compiled kernels, the tokenizer (docs/BENCHMARKS.md has what they take)."""
+compiled kernels, the tokenizer (docs/BENCHMARKS.md has what they take). At least: see
+`allowed`."""
+
+_BEHIND_START_BYTES = 152 << 20  # of it, for what comes with the weights: activations, page tables
+
+
+def allowed(start_bytes: int) -> int:
+    """The allowance of a process that keeps so much before any weights. What is installed decides
+    that: a torch for GPUs alone takes a third more than one for the CPU."""
+    return max(ALLOWANCE_BYTES, start_bytes + _BEHIND_START_BYTES)
 
 
 class EnforcedReport(BaseModel):
@@ -17,30 +26,31 @@ class EnforcedReport(BaseModel):
 
     limit_bytes: int
     allowance_bytes: int
-    start_bytes: int  # in use before any weights were loaded
+    start_bytes: int  # in use before any weights were loaded, without page cache
     peak_bytes: int
 
 
 class MemoryLimit:
     """On the control group that this process was started in (`csd generate --enforce`)."""
 
-    def __init__(self, group: Cgroup, limit_bytes: int) -> None:
+    def __init__(self, group: Cgroup, budget_bytes: int) -> None:
         self._group = group
-        self._limit_bytes = limit_bytes
-        self._start_bytes = group.usage_bytes
+        self._start_bytes = group.kept_bytes
+        self._allowance_bytes = allowed(self._start_bytes)
+        self._limit_bytes = budget_bytes + self._allowance_bytes
 
     @classmethod
     def begin(cls, budget_bytes: int) -> Self:
         """From now on. Raises NoCgroup."""
         group = Cgroup.entered(Hierarchy.find())
-        limit = cls(group, budget_bytes + ALLOWANCE_BYTES)
+        limit = cls(group, budget_bytes)
         group.limit(limit._limit_bytes)
         return limit
 
     def report(self) -> EnforcedReport:
         return EnforcedReport(
             limit_bytes=self._limit_bytes,
-            allowance_bytes=ALLOWANCE_BYTES,
+            allowance_bytes=self._allowance_bytes,
             start_bytes=self._start_bytes,
             peak_bytes=self._group.peak_bytes,
         )

@@ -34,6 +34,14 @@ def test_the_kernel_measures_what_a_process_touches(hierarchy: Hierarchy) -> Non
     assert not group.folder.exists()
 
 
+def test_page_cache_is_used_and_not_kept(hierarchy: Hierarchy, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with Cgroup.made(hierarchy, "-cached") as group:
+        assert run_in(group, f"open('{file}', 'wb').write(bytes({32 * MIB}))") == 0
+        assert group.usage_bytes > 32 * MIB
+        assert group.kept_bytes < 16 * MIB
+
+
 def test_a_process_beyond_the_limit_is_ended(hierarchy: Hierarchy) -> None:
     with Cgroup.made(hierarchy, "-limited") as group:
         group.limit(48 * MIB)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from csd_protocol.packed import Bits
-from csd_protocol.units import GIB
+from csd_protocol.units import GIB, MIB
 from host_client.calibrate.headline import (
     GB,
     RESERVE_BYTES,
@@ -18,7 +18,7 @@ from host_client.calibrate.headline import (
 from host_client.calibrate.headline_plot import Bars, write_headline_plot
 from host_client.model.errors import ModelNotFound
 from host_client.model.synthetic import shape_names
-from host_client.runtime.memory_limit import ALLOWANCE_BYTES, available_bytes
+from host_client.runtime.memory_limit import ALLOWANCE_BYTES, allowed, available_bytes
 from host_client.runtime.quality import Quality
 
 HOST_BYTES_PER_S = 20e9
@@ -58,6 +58,13 @@ def test_a_budget_leaves_room_for_the_allowance_and_everybody_else() -> None:
     assert budget_within(5 * GB, 24 * GIB) == 5 * GB
     assert budget_within(5 * GB, 3 * GIB) == 3 * GIB - beside
     assert budget_within(5 * GB, GIB) == 0
+
+
+def test_libraries_that_take_more_are_allowed_more() -> None:
+    assert allowed(0) == allowed(290 * MIB) == ALLOWANCE_BYTES
+    behind = allowed(GIB) - GIB  # what is left for everything that comes with the weights
+    assert allowed(ALLOWANCE_BYTES) == ALLOWANCE_BYTES + behind
+    assert 128 * MIB < behind < ALLOWANCE_BYTES
 
 
 def test_available_memory_is_the_kernels(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from benchmarks.peers.checkpoint import (
 from benchmarks.peers.course import Course, Finish
 from benchmarks.peers.race import PEERS, PEERS_4_BITS, race
 from csd_protocol.units import format_size
-from host_client.runtime.memory_limit import ALLOWANCE_BYTES
+from host_client.runtime.memory_limit import allowed
 from host_client.runtime.refusals import RequestRefused
 
 PROMPT_TOKENS = 16
@@ -50,7 +50,7 @@ def main() -> int:
         gguf=gguf,
         bits=asked.bits,
         budget_bytes=budget,
-        limit_bytes=budget + ALLOWANCE_BYTES,
+        limit_bytes=budget + allowed(0, budget),
         prompt=prompt_ids(PROMPT_TOKENS),
         tokens=asked.tokens,
         python=asked.python,
@@ -61,7 +61,7 @@ def main() -> int:
         weights_bytes=size,
         bits=asked.bits,
         budget_bytes=budget,
-        allowance_bytes=ALLOWANCE_BYTES,
+        allowance_bytes=allowed(0, budget),
         limit_bytes=course.limit_bytes,
         prompt_tokens=PROMPT_TOKENS,
         tokens=asked.tokens,

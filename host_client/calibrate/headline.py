@@ -11,7 +11,7 @@ from csd_protocol.packed import Bits, PackedModel
 from host_client.calibrate.planting import planted_counts
 from host_client.model.packer import manifest_of
 from host_client.model.synthetic import SEED_DEFAULT, SyntheticCheckpoint, open_synthetic
-from host_client.runtime.memory_limit import ALLOWANCE_BYTES
+from host_client.runtime.memory_limit import allowed
 from host_client.runtime.plan import Plan, make_plan
 from host_client.runtime.quality import Quality
 from host_client.runtime.token_time import CLASSES, TokenTime, Volumes, token_time, volumes_of
@@ -117,4 +117,5 @@ def model_row(
 
 def budget_within(budget_bytes: int, memory_bytes: int) -> int:
     """As much of a budget as a machine with so much free memory can give a run beside the rest."""
-    return max(0, min(budget_bytes, memory_bytes - ALLOWANCE_BYTES - RESERVE_BYTES))
+    beside = allowed(0, budget_bytes) + RESERVE_BYTES
+    return max(0, min(budget_bytes, memory_bytes - beside))

@@ -12,13 +12,18 @@ ALLOWANCE_BYTES = 448 << 20
 compiled kernels, the tokenizer (docs/BENCHMARKS.md has what they take). At least: see
 `allowed`."""
 
-_BEHIND_START_BYTES = 152 << 20  # of it, for what comes with the weights: activations, page tables
+_BEHIND_START_BYTES = 152 << 20  # of it, for what comes with the weights: activations and the like
+_BYTES_PER_TABLE_BYTE = 512  # page tables: eight bytes for each page of 4 KiB
 
 
-def allowed(start_bytes: int) -> int:
-    """The allowance of a process that keeps so much before any weights. What is installed decides
-    that: a torch for GPUs alone takes a third more than one for the CPU."""
-    return max(ALLOWANCE_BYTES, start_bytes + _BEHIND_START_BYTES)
+def allowed(start_bytes: int, budget_bytes: int) -> int:
+    """The allowance of a process that keeps so much before any weights, with page tables.
+
+    What is installed decides the former: a torch for GPUs alone takes a third more than one for the
+    CPU.
+    """
+    tables_bytes = budget_bytes // _BYTES_PER_TABLE_BYTE
+    return max(ALLOWANCE_BYTES, start_bytes + _BEHIND_START_BYTES) + tables_bytes
 
 
 class EnforcedReport(BaseModel):
@@ -36,7 +41,7 @@ class MemoryLimit:
     def __init__(self, group: Cgroup, budget_bytes: int) -> None:
         self._group = group
         self._start_bytes = group.kept_bytes
-        self._allowance_bytes = allowed(self._start_bytes)
+        self._allowance_bytes = allowed(self._start_bytes, budget_bytes)
         self._limit_bytes = budget_bytes + self._allowance_bytes
 
     @classmethod

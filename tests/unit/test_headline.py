@@ -54,17 +54,18 @@ def test_another_shape_has_a_budget_of_the_same_share(tmp_path: Path) -> None:
 
 
 def test_a_budget_leaves_room_for_the_allowance_and_everybody_else() -> None:
-    beside = ALLOWANCE_BYTES + RESERVE_BYTES
+    beside = allowed(0, 5 * GB) + RESERVE_BYTES
     assert budget_within(5 * GB, 24 * GIB) == 5 * GB
     assert budget_within(5 * GB, 3 * GIB) == 3 * GIB - beside
     assert budget_within(5 * GB, GIB) == 0
 
 
 def test_libraries_that_take_more_are_allowed_more() -> None:
-    assert allowed(0) == allowed(290 * MIB) == ALLOWANCE_BYTES
-    behind = allowed(GIB) - GIB  # what is left for everything that comes with the weights
-    assert allowed(ALLOWANCE_BYTES) == ALLOWANCE_BYTES + behind
+    assert allowed(0, 0) == allowed(290 * MIB, 0) == ALLOWANCE_BYTES
+    behind = allowed(GIB, 0) - GIB  # what is left for everything that comes with the weights
+    assert allowed(ALLOWANCE_BYTES, 0) == ALLOWANCE_BYTES + behind
     assert 128 * MIB < behind < ALLOWANCE_BYTES
+    assert allowed(0, 24 * GIB) == ALLOWANCE_BYTES + 48 * MIB  # page tables
 
 
 def test_available_memory_is_the_kernels(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ WAYS = (
         "a tenth of the neurons, the drive adds the rest",
         bits=12,
         quality="0.1+correct",
+        unit_cache_bytes=384 * MIB,
         chooses=True,
     ),
 )

@@ -5,7 +5,8 @@ size has its own CLOCK (second chance): a hit marks a slot, the hand clears mark
 first slot without one. New units come in unmarked, so a scan evicts itself before it evicts what
 was hit. A scan that comes back (all of a model for each token) would find nothing of itself then:
 where no slot is empty, only one in SCAN_ADMITS of its units comes in, and what is here is hit in
-every round (bimodal insertion; Qureshi et al., ISCA 2007).
+every round (bimodal insertion; Qureshi et al., ISCA 2007). Empty slots are given out evenly over
+the scan, the same share of each part: NAND then works all the time, and not for the rest in one go.
 
 For each (model, site) an int32 array says which slot each unit lies in. A size that has no empty
 slot left takes a slab that is free, or else the one of another size in which nothing was found or
@@ -18,6 +19,7 @@ its turn has come, and what is left of it was guessed wrong. Should that never h
 after HOLD_TURNS further lookups and holds of other sites.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +101,11 @@ class _SizeClass:
     def claimable(self) -> int:
         return self.slot_count - self.held
 
-    def admitted(self, count: int) -> int:
-        """How many of so many units of a scan come in."""
-        empty = min(count, self.slot_count - self.used)
-        return empty + (count - empty) // SCAN_ADMITS
+    def admitted(self, count: int, share: float) -> int:
+        """How many of so many units of a scan come in; share: what there is room for of it."""
+        empty = self.slot_count - self.used
+        fresh = min(empty, math.ceil(count * min(1.0, share)))
+        return fresh + max(0, count - empty) // SCAN_ADMITS
 
     def touch(self, slots: I64, turn: int) -> None:
         """Something was found in or put into these."""
@@ -263,10 +266,10 @@ class UnitCache:
         lengths = np.full(slots.size, unit_bytes, np.int64)
         gather(self._memory, starts, lengths, rows * unit_bytes, out.reshape(-1))
 
-    def claim(self, key: Key, units: U32, unit_bytes: int, is_scan: bool = False) -> Room:
+    def claim(self, key: Key, units: U32, unit_bytes: int, scan_bytes: int | None = None) -> Room:
         """Room for the first of these units, as many as fit; none of them may be here.
 
-        `is_scan`: they are a part of all that there is, so few of them take another's place.
+        `scan_bytes`: they are a part of a scan of so much, and a share of them comes in.
         Whoever lay there is forgotten. To be filled and then owned, or left: the slots of a room
         that is not owned are taken again. A unit larger than a slab gets none.
         """
@@ -275,7 +278,9 @@ class UnitCache:
         if sized is None:
             return Room(key, unit_bytes, units[:0], _NO_SLOTS, Keep(self._memory, _NO_SLOTS))
         wanted = min(units.size, sized.claimable)
-        slots = sized.claim(sized.admitted(wanted) if is_scan else wanted)
+        if scan_bytes is not None:
+            wanted = sized.admitted(wanted, self.capacity_bytes / scan_bytes)
+        slots = sized.claim(wanted)
         self._evict(sized, slots)
         sized.owners[slots] = -1
         keep = Keep(self._memory, sized.starts(slots))

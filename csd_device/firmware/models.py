@@ -54,6 +54,7 @@ class SiteRecord:
     program_layer: int  # what programs call its layer
     count: int
     unit_bytes: int
+    alike_bytes: int  # of all units of this size in the model
     offset_bytes: int
     copies: int
     copy_stride_bytes: int
@@ -260,6 +261,9 @@ def _record(model: int, manifest: PackedModel, site: Site, table: UnitTable) -> 
         program_layer=manifest.program_layer(site),
         count=site.count,
         unit_bytes=site.unit_bytes,
+        alike_bytes=sum(
+            other.length_bytes for other in manifest.sites if other.unit_bytes == site.unit_bytes
+        ),
         offset_bytes=site.offset_bytes,
         copies=manifest.copies,
         copy_stride_bytes=manifest.copy_stride_bytes,

@@ -285,7 +285,8 @@ class Stager:
         offsets = site.offsets_of(units)
         if copies is not None:
             offsets += copies * site.copy_stride_bytes
-        room = self.cache.claim(site.key, units, site.unit_bytes, is_scan)
+        of_bytes = site.alike_bytes if is_scan else None
+        room = self.cache.claim(site.key, units, site.unit_bytes, of_bytes)
         try:
             reads, found = self._ftl.read_checked(offsets, out, rows, room.keep)
         except UnrecoveredRead as error:

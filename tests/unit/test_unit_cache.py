@@ -86,13 +86,17 @@ def test_hit_units_survive_a_scan() -> None:
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
 def test_a_scan_that_comes_back_finds_what_there_is_room_for(share: float) -> None:
     cache, units = UnitCache(4 * MIB), np.arange(int(4 * MIB / 1024 / share), dtype=np.uint32)
-    for round_number in range(6):
-        before = cache.hits
+    for round_number in range(9):
+        before, per_part = cache.hits, []
         for part in np.array_split(units, 40):
             missing = part[cache.lookup((1, 0), part) < 0]
-            cache.own(cache.claim((1, 0), missing, 1024, is_scan=True))
+            per_part.append(cache.hits - before)
+            cache.own(cache.claim((1, 0), missing, 1024, units.size * 1024))
         found = cache.hits - before
-        assert found == 0 if not round_number else found > 0.85 * share * units.size
+        assert found == 0 if not round_number else found > 0.6 * share * units.size
+    assert found > 0.85 * share * units.size
+    in_parts = np.diff(per_part, prepend=0)  # evenly, so that NAND works all the time
+    assert np.median(np.abs(in_parts - in_parts.mean())) < 0.2 * in_parts.mean()
 
 
 def test_a_scan_gives_way_to_another() -> None:
@@ -100,7 +104,7 @@ def test_a_scan_gives_way_to_another() -> None:
     for site in (0, 1):
         for _ in range(100):
             missing = units[cache.lookup((1, site), units) < 0]
-            cache.own(cache.claim((1, site), missing, 1024, is_scan=True))
+            cache.own(cache.claim((1, site), missing, 1024, 6000 * 1024))
     assert np.count_nonzero(cache.lookup((1, 1), units) >= 0) > 3000
 
 
@@ -143,7 +147,7 @@ def test_a_size_that_is_asked_for_takes_what_another_no_longer_needs() -> None:
         before = cache.hits
         for part in np.array_split(scan, 10):
             missing = part[cache.lookup((1, 1), part) < 0]
-            room = cache.claim((1, 1), missing, 4096, is_scan=True)
+            room = cache.claim((1, 1), missing, 4096, scan.size * 4096)
             cache.own(room)
         hits.append(cache.hits - before)
     assert hits[0] == 0

@@ -156,7 +156,6 @@ def generate(
     new_ids = [int(token) for token in output[0, ids.shape[1] :]]
     decode = runtime.tally.since(marks[0])
     decoded = max(1, len(clock.times_ns) - 1)
-    decode_s = (clock.times_ns[-1] - clock.times_ns[0]) / NS_PER_S
     whole = runtime.tally.since(before)
     return GenerationReport(
         model=runtime.packed.name,
@@ -170,7 +169,7 @@ def generate(
         text=str(tokenizer.decode(new_ids, skip_special_tokens=True)) if tokenizer else "",
         token_ids=new_ids,
         prompt_tokens=ids.shape[1],
-        tokens_per_s=decoded / decode_s if decode_s else 0.0,
+        tokens_per_s=_rate(decoded, clock.times_ns),
         prefill_s=(clock.times_ns[0] - started_ns) / NS_PER_S,
         dram_budget_bytes=runtime.plan.budget_bytes,
         weights_bytes_16bit=runtime.plan.weights_bytes,
@@ -198,6 +197,12 @@ def generate(
         reader=runtime.reader.name,
         drive=_drive_report(whole),
     )
+
+
+def _rate(tokens: int, times_ns: list[int]) -> float:
+    """Tokens a second behind the first; 0 where there is none."""
+    seconds = (times_ns[-1] - times_ns[0]) / NS_PER_S
+    return tokens / seconds if seconds else 0.0
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase | None, max_new_tokens: int) -> dict[str, Any]:

@@ -129,6 +129,7 @@ class Engine:
         self._layers_ahead = _steps_ahead(room_bytes, self._choosing) if guidance else 0
         self._schedule = self._sweep  # of the running pass
         self._next = 0  # the step to request next
+        self._is_complete = True  # the pass that began last
         self._current: Arrival | None = None
         self._arrived_layer = -1
         self._threads = TorchThreads()
@@ -140,7 +141,9 @@ class Engine:
         self._threads.suit(rows)
         self.tell_residency()
         guided = self._guidance is not None and rows <= GUIDED_TOKENS_MAX
-        is_stale = self._prefetcher.has_failed or self._prefetcher.next_number not in (None, 0)
+        was_broken_off = self._prefetcher.has_failed or not self._is_complete
+        is_stale = was_broken_off or self._prefetcher.next_number not in (None, 0)
+        self._is_complete = False
         if is_stale or guided or self.guided:
             self._drop()
         if self._prefetcher.next_number is None:
@@ -259,6 +262,7 @@ class Engine:
             finally:  # also when the pass is broken off here
                 arrival.finish()
             self._pump()
+        self._is_complete = True
 
     def abandon(self) -> None:
         """Forget a pass that was broken off, so that the next one starts clean."""

@@ -77,7 +77,7 @@ class Commands(OnDemandGroup):
         "overlap": Entry(
             f"{_CLI}.overlap_commands",
             "overlap",
-            "Say how much of the drive's work is hidden behind compute, or compute behind it.",
+            "Say how much of the drive's work hides behind compute, or the reverse.",
         ),
         "faults": Entry(
             f"{_CLI}.fault_commands", "app", "Faults of the drive: show, set and clear."

@@ -17,7 +17,7 @@ def overlap(
     plot: Annotated[Path | None, typer.Option(help="Draw some tokens here, as a PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say how much of the drive's work is hidden behind compute, or compute behind the drive's.
+    """Say how much of the drive's work hides behind compute, or the reverse.
 
     csd generate MODEL --prompt TEXT --time wall --trace t.json; csd overlap t.json --plot t.png
     """

@@ -14,17 +14,19 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from csd_protocol.packed import BLOCK_BYTES, VALUE_BYTES, Bits, PackedModel, Site, align_up
 from host_client.model.checkpoint import Dtype, StoredLevels
 from host_client.model.errors import InvalidConfig, ModelNotFound
 from host_client.model.families import SiteShape, find_family
 from host_client.model.foreign_configs import as_transformers
+
+if TYPE_CHECKING:
+    import torch
 
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
@@ -35,7 +37,6 @@ _SPREAD = 0.02  # standard deviation, where the config does not say
 _LEVEL: dict[Bits, float] = {16: 1.0, 8: 80.0, 4: 8.1}  # values over words, root mean square
 _SOURCE = "synthetic "  # what their source begins with; another's is a path
 _SCALES: Dtype = "float16"
-_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class SyntheticCheckpoint:
@@ -63,8 +64,10 @@ class SyntheticCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
         assert len(self._shapes[name]) == 1, f"{name} is made by the drive"
+        import torch
+
         make = torch.zeros if name.endswith(".bias") else torch.ones
         return make(stop - start)
 
@@ -84,7 +87,10 @@ class SyntheticCheckpoint:
         rng = np.random.Generator(np.random.PCG64(self.seed))
         spread = float(self.config.get("initializer_range", _SPREAD)) / _LEVEL[bits]
         values = rng.normal(0.0, spread, (PATTERNS, BLOCK_BYTES // VALUE_BYTES))
-        rounded = torch.from_numpy(values).to(_TORCH_DTYPES[self.dtype if bits == 16 else _SCALES])
+        import torch
+
+        kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+        rounded = torch.from_numpy(values).to(kind[self.dtype if bits == 16 else _SCALES])
         return rounded.view(torch.uint8).numpy()
 
     def draw(self, site: Site) -> U16:

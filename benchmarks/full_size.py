@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from csd_protocol.units import format_size
 from host_client.calibrate.headline import ROWS, Row
+from host_client.cli.console import CSD
 from host_client.driver import Drive
 from host_client.model.packer import manifest_of
 from host_client.model.synthetic import SyntheticCheckpoint, open_synthetic
@@ -123,7 +124,7 @@ def _generate(row: Row, asked: argparse.Namespace, at: tuple[str, ...]) -> Gener
 
 
 def _csd(*arguments: str) -> str:
-    words = [sys.executable, "-c", "from host_client.cli.app import main; main()", *arguments]
+    words = [sys.executable, *CSD, *arguments]
     return subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 

@@ -29,6 +29,7 @@ class EndToEndOnOneWorker(LoadScopeScheduling):
         return "end_to_end" if nodeid.startswith("tests/end_to_end/") else nodeid
 
 
+@pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
     return EndToEndOnOneWorker(config, log)
 

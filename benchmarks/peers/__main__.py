@@ -17,7 +17,7 @@ from benchmarks.peers.checkpoint import (
     weights_bytes,
 )
 from benchmarks.peers.course import Course, Finish
-from benchmarks.peers.race import PEERS, PEERS_4_BITS, race
+from benchmarks.peers.race import PEERS, race
 from csd_protocol.units import format_size
 from host_client.runtime.memory_limit import allowed
 from host_client.runtime.refusals import RequestRefused
@@ -68,8 +68,7 @@ def main() -> int:
         finishes=[],
     )
     try:
-        peers = PEERS if asked.bits == 16 else PEERS_4_BITS
-        for finish in race(course, asked.only or list(peers)):
+        for finish in race(course, asked.only or list(PEERS[asked.bits])):
             report.finishes.append(finish)
             out.print(f"{finish.peer}: {finish.failure or f'{finish.tokens_per_s:.3g} tokens/s'}")
     except RequestRefused as error:
@@ -89,7 +88,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--bits", type=int, choices=(16, 4), default=16, help="4: GGUF's Q4_0")
-    parser.add_argument("--only", nargs="+", choices=[*PEERS, *PEERS_4_BITS])
+    parser.add_argument(
+        "--only", nargs="+", choices=[name for peers in PEERS.values() for name in peers]
+    )
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp/flash-csd-peers"))
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="interpreter with the peers"

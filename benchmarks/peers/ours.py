@@ -24,6 +24,7 @@ from benchmarks.peers.course import (
 from csd_device.config import load_config
 from csd_protocol.packed import Bits
 from csd_protocol.units import MIB
+from host_client.cli.console import CSD
 from host_client.driver import Drive
 from host_client.model.catalog import list_models
 from host_client.runtime.cgroup import Cgroup
@@ -120,7 +121,7 @@ FOUR_BITS = Way("flash-csd, 4 bits", "exact, the file's own levels", bits=4)
 
 
 def _csd(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from host_client.cli.app import main; main()", *arguments]
+    return [sys.executable, *CSD, *arguments]
 
 
 def _is_packed(address: str, source: Path) -> bool:

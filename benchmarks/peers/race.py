@@ -17,6 +17,7 @@ from benchmarks.peers.course import (
     said,
 )
 from benchmarks.peers.ours import FOUR_BITS, WAYS
+from csd_protocol.packed import Bits
 
 HERE = Path(__file__).parent
 
@@ -56,18 +57,20 @@ def _words(course: Course, script: str, arguments: list[str], tokens: int) -> li
 
 
 _LLAMA_CPP = driven("llama.cpp", "llama_cpp_mmap.mjs", lambda it: it.gguf)
-PEERS: dict[str, Runner] = {
-    **{way.name: way.run for way in WAYS},
-    "accelerate": driven("accelerate", "accelerate_offload.py", lambda it: it.checkpoint),
-    "airllm": driven("airllm", "airllm_layers.py", lambda it: it.checkpoint, splits=True),
-    "llama.cpp": _LLAMA_CPP,
+PEERS: dict[Bits, dict[str, Runner]] = {  # by the bits of the GGUF's weights
+    16: {
+        **{way.name: way.run for way in WAYS},
+        "accelerate": driven("accelerate", "accelerate_offload.py", lambda it: it.checkpoint),
+        "airllm": driven("airllm", "airllm_layers.py", lambda it: it.checkpoint, splits=True),
+        "llama.cpp": _LLAMA_CPP,
+    },
+    4: {FOUR_BITS.name: FOUR_BITS.run, "llama.cpp": _LLAMA_CPP},
 }
-PEERS_4_BITS: dict[str, Runner] = {FOUR_BITS.name: FOUR_BITS.run, "llama.cpp": _LLAMA_CPP}
 
 
 def race(course: Course, names: list[str]) -> Iterator[Finish]:
     """Each peer's result as it is there."""
-    peers = PEERS if course.bits == 16 else PEERS_4_BITS
+    peers = PEERS[course.bits]
     for name in names:
         try:
             before = disk_rate(course.gguf)

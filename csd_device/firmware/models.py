@@ -4,7 +4,8 @@ Read from the drive's own flash when a command first names a model; forgotten wh
 the directory or into the model's extent. Tables take on-drive DRAM while they are loaded.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -211,7 +212,12 @@ class ModelCatalog:
         except CommandError:
             self._arena.free(_allotment(entry.model))
             raise
-        sites = tuple(_record(entry.model, manifest, site, table) for site in manifest.sites)
+        alike_bytes: Counter[int] = Counter()
+        for site in manifest.sites:
+            alike_bytes[site.unit_bytes] += site.length_bytes
+        sites = tuple(
+            _record(entry.model, manifest, site, table, alike_bytes) for site in manifest.sites
+        )
         return LoadedModel(entry.model, entry.name, entry, sites)
 
     def _read_table(self, manifest: PackedModel, time: CommandTime) -> U8:
@@ -251,7 +257,9 @@ def _no_model(detail: str) -> CommandError:
     return CommandError(Status.NO_MODEL, detail)
 
 
-def _record(model: int, manifest: PackedModel, site: Site, table: UnitTable) -> SiteRecord:
+def _record(
+    model: int, manifest: PackedModel, site: Site, table: UnitTable, alike_bytes: Mapping[int, int]
+) -> SiteRecord:
     return SiteRecord(
         site=site.site,
         name=site.name,
@@ -261,9 +269,7 @@ def _record(model: int, manifest: PackedModel, site: Site, table: UnitTable) -> 
         program_layer=manifest.program_layer(site),
         count=site.count,
         unit_bytes=site.unit_bytes,
-        alike_bytes=sum(
-            other.length_bytes for other in manifest.sites if other.unit_bytes == site.unit_bytes
-        ),
+        alike_bytes=alike_bytes[site.unit_bytes],
         offset_bytes=site.offset_bytes,
         copies=manifest.copies,
         copy_stride_bytes=manifest.copy_stride_bytes,

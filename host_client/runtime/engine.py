@@ -141,8 +141,7 @@ class Engine:
         self._threads.suit(rows)
         self.tell_residency()
         guided = self._guidance is not None and rows <= GUIDED_TOKENS_MAX
-        was_broken_off = self._prefetcher.has_failed or not self._is_complete
-        is_stale = was_broken_off or self._prefetcher.next_number not in (None, 0)
+        is_stale = not self._is_complete or self._prefetcher.next_number not in (None, 0)
         self._is_complete = False
         if is_stale or guided or self.guided:
             self._drop()
@@ -233,8 +232,9 @@ class Engine:
 
     def recent(self, site: Site) -> RecentSite | None:
         """What of an FFN is held since recent tokens; None: the running pass uses none."""
-        is_used = self._recent is not None and self.guided and self.kept_of(site) < 1.0
-        return self._recent.of(site) if is_used and self._recent is not None else None
+        if self._recent is None or not self.guided or self.kept_of(site) == 1.0:
+            return None
+        return self._recent.of(site)
 
     def choose_recent(self, site: Site) -> None:
         """What is held of an FFN was computed: what was chosen, once it is known, is worth more."""

@@ -112,6 +112,11 @@ def head_site(model: PackedModel) -> Site:
         return model.find(Role.EMBED)
 
 
+def is_divisible(site: Site) -> bool:
+    """Whether a site's units can be used part by part; of others all are needed at once."""
+    return site.role is Role.FFN
+
+
 class _Draft:
     """A plan in the making: residency so far, and what it adds up to."""
 
@@ -148,7 +153,7 @@ class _Draft:
     def whole_bytes(self, layer: int) -> int:
         """The same of what a buffer has to hold at once: projections."""
         return self._aligned_bytes(
-            [site for site in self.sites_of_layer[layer] if site.role is not Role.FFN]
+            [site for site in self.sites_of_layer[layer] if not is_divisible(site)]
         )
 
     def expert_buffer_bytes(self) -> int:

@@ -30,11 +30,11 @@ from host_client.runtime.checksums import Checksums
 from host_client.runtime.copies import Copies, PendingUnits
 from host_client.runtime.fetch import STAGE_TIMEOUT_S, WINDOW_LOSSES_MAX
 from host_client.runtime.guidance import Ask
-from host_client.runtime.plan import STAGE_ALIGN_BYTES
+from host_client.runtime.plan import STAGE_ALIGN_BYTES, is_divisible
 from host_client.runtime.recent import RecentUnits
 from host_client.runtime.refusals import WindowTooSmall
 from host_client.runtime.residency import ResidentSite
-from host_client.runtime.schedule import Step, Wanted, is_divisible
+from host_client.runtime.schedule import Step, Wanted
 from host_client.runtime.tally import Tally
 from host_client.runtime.timeline import READING, HostTimeline
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from csd_protocol.packed import PackedModel, Role, Site, align_up
+from csd_protocol.packed import PackedModel, Site, align_up
 from host_client.driver import StageTarget
-from host_client.runtime.plan import STAGE_ALIGN_BYTES
+from host_client.runtime.plan import STAGE_ALIGN_BYTES, is_divisible
 from host_client.runtime.recent import RecentUnits
 from host_client.runtime.residency import ResidentSite
 
@@ -170,8 +170,3 @@ class Scheduler:
         if wanted.keep < 1.0:
             count = min(count, math.ceil(wanted.keep * wanted.site.count))
         return align_up(count * wanted.site.unit_bytes, STAGE_ALIGN_BYTES)
-
-
-def is_divisible(site: Site) -> bool:
-    """Whether a site's units can be used part by part; of others all are needed at once."""
-    return site.role is Role.FFN

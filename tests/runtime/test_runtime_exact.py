@@ -5,27 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from csd_protocol.packed import Role
 from csd_protocol.program_file import encode_frequency
 from csd_protocol.units import KIB
 from host_client.runtime.plan import BUFFERS
+from tests.runtime.decoding import decode
 
 NAMES = ("tied", "untied", "slices", "scaled")
 SHARES = (0.0, 0.3, 0.7, 1.2)  # of the way from the smallest budget to the whole model
 CLOSE = 1e-5
-
-
-def decode(model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits of a pass over the prompt, then of one a token, a cache behind them."""
-    cache = DynamicCache(config=model.config)
-    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
-    with torch.inference_mode():
-        return torch.cat(
-            [model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1
-        )
 
 
 @pytest.mark.parametrize("name", NAMES)

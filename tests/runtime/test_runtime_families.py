@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, DynamicCache, GlmConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GlmConfig, Qwen2Config, Qwen3Config
 
 from csd_protocol.packed import Role
 from csd_protocol.units import MIB
 from host_client.calibrate.preparation import build_predictor, load_predictors
 from host_client.model.errors import UnsupportedModel
+from tests.runtime.decoding import decode
 
 CLOSE = 1e-5
 SHARES = (0.0, 0.4, 1.2)  # of the way from the smallest budget to the whole model
@@ -187,16 +188,6 @@ def lab(shared_family_lab) -> Iterator[Any]:
     yield shared_family_lab
     shared_family_lab.put_back()
     assert shared_family_lab.leases == 0
-
-
-def decode(model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits of a pass over the prompt, then of one a token, a cache behind them."""
-    cache = DynamicCache(config=model.config)
-    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
-    with torch.inference_mode():
-        return torch.cat(
-            [model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1
-        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -4,13 +4,14 @@ The model is larger than the drive's unit cache, so that what is not brought ahe
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from csd_protocol.program_file import (
     AttentionShape,
@@ -26,10 +27,12 @@ from host_client.calibrate.preparation import Kind, build_predictor
 from host_client.driver import CommandFailed
 from host_client.runtime.far_level import IN_FLIGHT_MAX
 from host_client.runtime.refusals import NoPredictor, RequestRefused
+from tests.runtime import decoding
 
 NAME, LAYERS, NEURONS, HIDDEN = "deep", 8, 1024, 64
 KEPT, PROMPT, DECODED = 0.25, 6, 4
 NEAR, FAR = 1, 2  # program numbers
+decode = partial(decoding.decode, prompt=PROMPT)
 
 
 class DeepZoo:
@@ -124,15 +127,6 @@ def load(lab: Any, near: str, far: str = "") -> None:
 
 def opened(lab: Any, near: str, far: str = "none", quality: Any = KEPT, **settings: Any) -> Any:
     return lab.open(NAME, lab.budget(NAME, 0.0), quality, predictor=near, far=far, **settings)
-
-
-def decode(model: Any, ids: torch.Tensor, prompt: int = PROMPT) -> torch.Tensor:
-    cache = DynamicCache(config=model.config)
-    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
-    with torch.inference_mode():
-        return torch.cat(
-            [model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1
-        )
 
 
 @pytest.mark.parametrize("far", [*FILES, "rollout@3"])

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 
 from csd_device.firmware.selection import kept_count
 from csd_protocol.packed import PackedModel, Role
@@ -23,25 +22,17 @@ from host_client.runtime import causal_lm, engine
 from host_client.runtime.head_groups import kept_by_layer, kept_fraction
 from host_client.runtime.plan import Plan, make_plan
 from host_client.runtime.refusals import NoPredictor, RequestRefused
+from tests.runtime.decoding import PROMPT, decode
 
 NAME, LAYERS, GROUPS, NEURONS = "tied", 4, 2, 160
 FEWER = [2, 3]  # layers that leave groups out: all but the first two
 PROGRAM, HIDDEN = 5, 64
-PROMPT, DECODED = 5, 6
+DECODED = 6
 CLOSE = 1e-5
 
 
 def silent(done: int, total: int) -> None:
     """Progress that nobody watches."""
-
-
-def decode(model: Any, ids: torch.Tensor, prompt: int = PROMPT) -> torch.Tensor:
-    cache = DynamicCache(config=model.config)
-    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
-    with torch.inference_mode():
-        return torch.cat(
-            [model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1
-        )
 
 
 def load_norms(lab: Any, left_out: int, name: str = NAME, number: int = PROGRAM) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 
 from csd_protocol.packed import Role
 from csd_protocol.program_file import encode_frequency
@@ -15,11 +14,12 @@ from host_client.calibrate.preparation import build_predictor
 from host_client.driver import CommandFailed
 from host_client.runtime.quality import Quality
 from host_client.runtime.refusals import InvalidQuality, NoPredictor
+from tests.runtime.decoding import PROMPT, decode
 
 NAME, LAYERS, NEURONS = "tied", 4, 160
 PROGRAM = 5
 CLOSE = 1e-5
-PROMPT, DECODED = 5, 6
+DECODED = 6
 
 
 def top(scores: np.ndarray, kept: float) -> np.ndarray:
@@ -70,15 +70,6 @@ def by_program(lab: Any, runtime: Any, kept: float, audit: Audit) -> Any:
         return np.union1d(units, resident.units)
 
     return choose
-
-
-def decode(model: Any, ids: torch.Tensor, prompt: int = PROMPT) -> torch.Tensor:
-    cache = DynamicCache(config=model.config)
-    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
-    with torch.inference_mode():
-        return torch.cat(
-            [model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1
-        )
 
 
 @pytest.mark.parametrize(

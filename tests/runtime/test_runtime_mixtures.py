@@ -22,6 +22,7 @@ from host_client.model.catalog import store_frequencies
 from host_client.model.errors import UnsupportedModel
 from host_client.runtime import plan
 from host_client.runtime.refusals import NoPredictor, RequestRefused
+from tests.runtime.decoding import decode
 
 CLOSE = 1e-5
 SHARES = (0.0, 0.4, 1.2)  # of the way from the smallest budget to the whole model
@@ -123,16 +124,6 @@ def load_constant_gate(lab: Any, name: str) -> None:
     counts = {layer: -np.arange(packed.experts) for layer in range(packed.layer_count)}
     data = encode_frequency(packed.name, counts, role=Role.ROUTER)
     load_predictor(lab.drive, packed, "frequency", data)
-
-
-def decode(model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits of a pass over the prompt, then of one a token, a cache behind them."""
-    cache = DynamicCache(config=model.config)
-    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
-    with torch.inference_mode():
-        return torch.cat(
-            [model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1
-        )
 
 
 GATES = {"none": None, "gate": load_gate, "constant": load_constant_gate}

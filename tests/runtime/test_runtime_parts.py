@@ -9,8 +9,8 @@ from csd_protocol.packed import Role
 from csd_protocol.units import KIB
 from host_client.runtime import plan
 from host_client.runtime.plan import BUFFERS
-from tests.runtime.test_runtime_exact import CLOSE, Interrupted, broken_at, decode
-from tests.runtime.test_runtime_kept_fraction import decode as decode_kept
+from tests.runtime.decoding import decode
+from tests.runtime.test_runtime_exact import CLOSE, Interrupted, broken_at
 from tests.runtime.test_runtime_kept_fraction import load
 
 PART_BYTES = 7 * 3 * 64 * 2  # seven neurons: no layer has a multiple of them
@@ -61,7 +61,7 @@ def test_what_a_program_chose_comes_in_parts_too(
     for part_bytes in (plan.PART_BYTES, PART_BYTES):
         monkeypatch.setattr(plan, "PART_BYTES", part_bytes)
         model = lab.open("tied", lab.budget("tied", 0.0), quality, lookahead=lookahead)
-        found.append(decode_kept(model, ids))
+        found.append(decode(model, ids))
         assert model.csd.tally.late_units == 0
     assert model.csd.plan.buffer_bytes < 0.5 * layer_bytes(model)
     assert far_from(*found) <= CLOSE
@@ -73,7 +73,7 @@ def test_an_audit_sees_every_part(lab, tokens_of, monkeypatch: pytest.MonkeyPatc
     for part_bytes in (plan.PART_BYTES, PART_BYTES):
         monkeypatch.setattr(plan, "PART_BYTES", part_bytes)
         model = lab.open("tied", lab.budget("tied", 0.0), 0.4, audit=True)
-        decode_kept(model, tokens_of(lab, "tied", 12))
+        decode(model, tokens_of(lab, "tied", 12))
         found.append((model.csd.tally.wanted_units, model.csd.tally.recall))
     assert found[0] == found[1]
     assert found[0][0] > 0

@@ -15,11 +15,12 @@ from csd_protocol.program_file import encode_frequency
 from csd_protocol.units import MIB
 from host_client.calibrate.preparation import build_predictor
 from host_client.runtime.refusals import RequestRefused
+from tests.runtime.decoding import PROMPT, decode
 
 NAME, LAYERS, NEURONS = "tied", 4, 160
 PROGRAM, OTHER = 5, 6
 KEPT, SHARE = 0.3, 0.9  # of the neurons; of what the budget may be
-PROMPT, DECODED = 5, 10
+DECODED = 10
 CLOSE = 1e-5
 
 
@@ -37,15 +38,6 @@ def load(lab: Any, *kinds: str) -> None:
 
 def opened(lab: Any, quality: Any = KEPT, recent: Any = "50%", **settings: Any) -> Any:
     return lab.open(NAME, lab.budget(NAME, SHARE), quality, recent=recent, **settings)
-
-
-def decode(model: Any, ids: torch.Tensor, prompt: int = PROMPT) -> torch.Tensor:
-    cache = DynamicCache(config=model.config)
-    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
-    with torch.inference_mode():
-        return torch.cat(
-            [model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1
-        )
 
 
 def repeating(ids: torch.Tensor) -> torch.Tensor:

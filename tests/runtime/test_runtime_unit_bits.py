@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
-    DynamicCache,
     LlamaConfig,
     MixtralConfig,
     Qwen2Config,
@@ -26,6 +25,7 @@ from host_client.calibrate.preparation import Kind, build_predictor, load_predic
 from host_client.runtime.plan import make_plan, parse_budget
 from host_client.runtime.quality import Quality
 from host_client.runtime.token_time import volumes_of
+from tests.runtime.decoding import decode
 
 CLOSE = 1e-5
 MOST = {12: 1.0, 8: 0.56, 4: 0.45}  # of the bytes at 16 bits, of rows of 96 values
@@ -117,16 +117,6 @@ def lab(shared_low_bit_lab) -> Iterator[Any]:
 
 def ids_of(count: int, batch: int = 1) -> torch.Tensor:
     return torch.randint(1, 131, (batch, count), generator=torch.Generator().manual_seed(count))
-
-
-def decode(model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits of a pass over the prompt, then of one a token, a cache behind them."""
-    cache = DynamicCache(config=model.config)
-    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
-    with torch.inference_mode():
-        return torch.cat(
-            [model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1
-        )
 
 
 def silent(*_: int) -> None:

@@ -22,10 +22,10 @@ from host_client.calibrate.text import (
 )
 from host_client.calibrate.through_drive import check_askable, measure_through_drive
 from host_client.cli.console import TimeMode, open_drive, out, progress_count
-from host_client.cli.model_commands import load_tokenizer
 from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
 from host_client.cli.outputs import Markdown, Plot, To, check_outputs
 from host_client.cli.quality_tables import quality_markdown, quality_table
+from host_client.cli.tokenizers import load_tokenizer
 from host_client.model.formats import open_checkpoint
 from host_client.model.source import Source, resolve_source
 

@@ -9,8 +9,9 @@ from host_client.calibrate.preparation import load_predictors, recalibrate
 from host_client.calibrate.preparation import place as place_neurons
 from host_client.calibrate.text import CALIBRATED_TOKENS, calibration_windows
 from host_client.cli.console import TimeMode, open_drive, out, progress_bytes, progress_count
-from host_client.cli.model_commands import load_tokenizer, print_loaded
+from host_client.cli.model_commands import print_loaded
 from host_client.cli.options import DriveAddress, Model, Time
+from host_client.cli.tokenizers import load_tokenizer
 from host_client.driver.drive import cache_folder
 from host_client.model.catalog import open_model
 from host_client.model.source import name_on_drive, resolve_source

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from csd_protocol.opcodes import LogPage
 from csd_protocol.packed import COPIES_MAX, PackedModel
@@ -42,6 +41,7 @@ from host_client.cli.options import (
     Time,
     UnitBits,
 )
+from host_client.cli.tokenizers import load_tokenizer
 from host_client.driver import Drive
 from host_client.io.opening import Kind as ReaderKind
 from host_client.model.catalog import open_model
@@ -64,16 +64,6 @@ from host_client.runtime.plan import parse_budget
 from host_client.runtime.quality import Quality
 from host_client.runtime.recent_room import AUTO as AUTO_RECENT
 from host_client.runtime.timeline import HostTimeline
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside (or inside) a source's weights."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source.folder, gguf_file=source.gguf_file
-    )
-    return tokenizer
 
 
 def pack(

@@ -24,8 +24,8 @@ from host_client.calibrate.text import (
     token_windows,
 )
 from host_client.cli.console import TimeMode, open_drive, out, progress_count
-from host_client.cli.model_commands import load_tokenizer
 from host_client.cli.options import Dram, DriveAddress, Json, Model, Time
+from host_client.cli.tokenizers import load_tokenizer
 from host_client.driver import Drive
 from host_client.model.catalog import open_model
 from host_client.model.source import name_on_drive, resolve_source

@@ -51,7 +51,8 @@ def settle(backlog: Any, die: Any, before: Any, keep: Any) -> Any:
         return 0
     final = spans[gone - 1, END]
     for index in range(gone, count):
-        spans[index - gone] = spans[index]
+        for column in range(_COLUMNS):  # a row as a slice takes 3 s to compile
+            spans[index - gone, column] = spans[index, column]
     backlog.counts[die] = count - gone
     return final
 

@@ -5,7 +5,7 @@ other (`rounding`). The file holds the rows; the lab computes on the values that
 both speak of the very same numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,20 +50,17 @@ def round_layer(
     if moments is not None:
         before_attention, before_ffn = moments.attention, moments.ffn
         active = moments.activity
+    gate, up = _along((layer.gate, layer.up), bits, group, before_ffn)
+    q, k, v = _along((layer.q, layer.k, layer.v), bits, group, before_attention)
+    (o,) = _along((layer.o,), bits, group, None)
     ffn = ShadowLayer(
         norm=layer.norm.numpy(),
-        gate=_along(layer.gate, bits, group, before_ffn),
-        up=_along(layer.up, bits, group, before_ffn),
+        gate=gate,
+        up=up,
         down_norm=layer.down_norm.numpy(),
         down=_rounded(layer.down, round_units_in_order, bits, group, active),
     )
-    attention = AttentionLayer(
-        norm=layer.attn_norm.numpy(),
-        q=_along(layer.q, bits, group, before_attention),
-        k=_along(layer.k, bits, group, before_attention),
-        v=_along(layer.v, bits, group, before_attention),
-        o=_along(layer.o, bits, group, None),
-    )
+    attention = AttentionLayer(norm=layer.attn_norm.numpy(), q=q, k=k, v=v, o=o)
     return RolloutLayer(attention=attention, ffn=ffn)
 
 
@@ -90,8 +87,14 @@ def values_of(layer: DecoderLayer, rows: RolloutLayer, bits: int) -> DecoderLaye
 _Rounding = Callable[[F32, F64, int, int], LowBitRows]
 
 
-def _along(rows: torch.Tensor, bits: int, group: int, moments: F64 | None) -> LowBitRows:
-    return _rounded(rows, round_inputs_in_order, bits, group, moments)
+def _along(
+    matrices: Sequence[torch.Tensor], bits: int, group: int, moments: F64 | None
+) -> Iterator[LowBitRows]:
+    """Matrices that are multiplied with the same input, rounded as one: a row minds no other."""
+    low = _rounded(torch.cat(list(matrices)), round_inputs_in_order, bits, group, moments)
+    ends = np.cumsum([matrix.shape[0] for matrix in matrices])[:-1]
+    for packed, scales in zip(np.split(low.packed, ends), np.split(low.scales, ends), strict=True):
+        yield LowBitRows(packed, scales)
 
 
 def _rounded(

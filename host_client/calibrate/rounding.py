@@ -7,14 +7,17 @@ Optimal Brain Surgeon). Same levels, same bytes, closed form. Rows share scales 
 `csd_protocol.low_bit`, whose layout the result has.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from numba import njit
 
 from csd_protocol.low_bit import LowBitRows, check_layout, level_offset, pack_levels
 
+U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
@@ -30,8 +33,14 @@ def round_inputs_in_order(values: F32, moments: F64, bits: int, group: int) -> L
     moments: sum of x x^T over calibration inputs, float64 [hidden, hidden]. Raises ValueError when
     they are no second moments.
     """
-    rows = np.array(values, np.float32, order="C")
-    return _rounded(rows, _factor(moments), bits, group, across=False)
+    rounding = _Rounding.begin(values, bits, group)
+    rows, factor, width = rounding.rows, _factor(moments), values.shape[1]
+    errors = np.empty((values.shape[0], group), np.float32)
+    for start in range(0, width, group):
+        end = start + group
+        _round_along(rows, factor, start, *rounding.rules(), errors, *rounding.results())
+        rows[:, end:] -= errors @ factor[start:end, end:]
+    return rounding.packed()
 
 
 def round_units_in_order(values: F32, moments: F64, bits: int, group: int) -> LowBitRows:
@@ -39,20 +48,43 @@ def round_units_in_order(values: F32, moments: F64, bits: int, group: int) -> Lo
 
     moments: sum of a a^T over the units' activities, float64 [units, units].
     """
-    rows = np.array(values, np.float32, order="C")
-    return _rounded(rows, _factor(moments), bits, group, across=True)
+    rounding = _Rounding.begin(values, bits, group)
+    _round_across(rounding.rows, _factor(moments), *rounding.rules(), *rounding.results())
+    return rounding.packed()
 
 
-def _rounded(rows: F32, factor: F32, bits: int, group: int, across: bool) -> LowBitRows:
-    count, width = rows.shape
-    check_layout(width, bits, group)
-    if not np.isfinite(rows).all():
-        raise ValueError("values to round must be finite")
-    levels = np.empty((count, width), np.uint8)
-    scales = np.empty((count, width // group), np.float32)
-    kernel = _round_across if across else _round_along
-    kernel(rows, factor, np.float32(level_offset(bits)), group, _CLIP_RATIOS, levels, scales)
-    return LowBitRows(pack_levels(levels, bits), scales.astype(np.float16))
+@dataclass(frozen=True, slots=True)
+class _Rounding:
+    """Rows on their way to levels."""
+
+    rows: F32
+    bits: int
+    group: int
+    levels: U8
+    scales: F32
+
+    @staticmethod
+    def begin(values: F32, bits: int, group: int) -> "_Rounding":
+        count, width = values.shape
+        check_layout(width, bits, group)
+        if not np.isfinite(values).all():
+            raise ValueError("values to round must be finite")
+        return _Rounding(
+            rows=np.array(values, np.float32, order="C"),
+            bits=bits,
+            group=group,
+            levels=np.empty((count, width), np.uint8),
+            scales=np.empty((count, width // group), np.float32),
+        )
+
+    def rules(self) -> tuple[np.float32, int, F32]:
+        return np.float32(level_offset(self.bits)), self.group, _CLIP_RATIOS
+
+    def results(self) -> tuple[U8, F32]:
+        return self.levels, self.scales
+
+    def packed(self) -> LowBitRows:
+        return LowBitRows(pack_levels(self.levels, self.bits), self.scales.astype(np.float16))
 
 
 def _factor(moments: F64) -> F32:
@@ -62,13 +94,13 @@ def _factor(moments: F64) -> F32:
     the result says by how much each later input takes up one unit of input i's error.
     """
     damped = moments + np.eye(moments.shape[0]) * (DAMPING * moments.diagonal().mean() + 1e-12)
-    try:
-        upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    except np.linalg.LinAlgError as error:
-        raise ValueError("the second moments are not positive definite") from error
-    inverse = np.linalg.inv(upper)
-    factor: F32 = (inverse / inverse.diagonal()[:, None]).astype(np.float32)
-    return np.ascontiguousarray(factor)
+    lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(damped[::-1, ::-1].copy()))
+    if failed:
+        raise ValueError("the second moments are not positive definite")
+    eye = torch.eye(lower.shape[0], dtype=torch.float64)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+    factor: F32 = (inverse / inverse.diagonal()[:, None]).float().contiguous().numpy()
+    return factor
 
 
 @njit(nogil=True, cache=True)
@@ -104,21 +136,29 @@ def _fitted_scale(values: Any, offset: Any, ratios: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def _round_along(
-    rows: Any, factor: Any, offset: Any, group: Any, ratios: Any, levels: Any, scales: Any
+    rows: Any,
+    factor: Any,
+    start: Any,
+    offset: Any,
+    group: Any,
+    ratios: Any,
+    errors: Any,
+    levels: Any,
+    scales: Any,
 ) -> None:
-    """Inputs lie along a row: every row by itself."""
-    width = rows.shape[1]
+    """One group of inputs, which lie along a row; its errors [rows, group] are for later groups."""
+    end = start + group
     for row in range(rows.shape[0]):
         values = rows[row]
-        for start in range(0, width, group):
-            scale = _fitted_scale(values[start : start + group], offset, ratios)
-            scales[row, start // group] = scale
-            for column in range(start, start + group):
-                level = min(max(np.rint(values[column] / scale), -offset), offset - np.float32(1))
-                levels[row, column] = np.uint8(np.int32(level + offset))
-                error = values[column] - level * scale
-                for later in range(column + 1, width):
-                    values[later] -= error * factor[column, later]
+        scale = _fitted_scale(values[start:end], offset, ratios)
+        scales[row, start // group] = scale
+        for column in range(start, end):
+            level = min(max(np.rint(values[column] / scale), -offset), offset - np.float32(1))
+            levels[row, column] = np.uint8(np.int32(level + offset))
+            error = values[column] - level * scale
+            errors[row, column - start] = error
+            for later in range(column + 1, end):
+                values[later] -= error * factor[column, later]
 
 
 @njit(nogil=True, cache=True)

@@ -1,7 +1,7 @@
 """Exact quality gives plain transformers' own tokens and logits, at any budget, from any format.
 
-By default each budget and format is seen on some prompts, the demo's on all five; with CSD_FULL=1
-everything is run on everything.
+By default each budget and format is seen on some prompts, so that each prompt is seen; with
+CSD_FULL=1 everything is run on everything.
 """
 
 import os
@@ -19,7 +19,7 @@ LOGITS_TOLERANCE = 1e-5  # of the largest logit
 
 SOME = [
     pytest.param("gguf", "100%", (0, 3), id="gguf-100%"),
-    pytest.param("gguf", "45%", ALL, id="gguf-45%"),
+    pytest.param("gguf", "45%", (0, 2, 4), id="gguf-45%"),
     pytest.param("gguf", "25%", (1, 2), id="gguf-25%"),
     pytest.param("safetensors", "45%", (2, 4), id="safetensors-45%"),
 ]

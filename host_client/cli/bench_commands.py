@@ -30,6 +30,7 @@ from host_client.model.formats import open_checkpoint
 from host_client.model.source import Source, resolve_source
 
 _LAB_TOKENS, _DRIVE_TOKENS = 8192, 2048
+_EXACT = "exact"
 _DRIVE_SETTINGS = ("rollout@1:0.5", "rollout@1:0.1+correct")
 
 app = typer.Typer(help="Measurements on real text.")
@@ -57,7 +58,8 @@ def quality(
         typer.Option(
             "--setting",
             metavar="SETTING",
-            help=f"{GRAMMAR}, like rollout@1:0.33+correct; repeatable. Default: a whole sweep.",
+            help=f"{GRAMMAR}, like rollout@1:0.33+correct; repeatable. Default: a whole sweep. "
+            f"{_EXACT!r} is measured in any case; by itself it leaves the sweep out.",
         ),
     ] = None,
     tokens: Annotated[
@@ -135,7 +137,7 @@ def _print(
 
 def _asked(settings: Sequence[str]) -> list[Asked]:
     try:
-        return [parse(setting) for setting in settings]
+        return [parse(setting) for setting in settings if setting != _EXACT]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--setting") from None
 

@@ -2,8 +2,9 @@
 
 The model is built from its config on torch's meta device, so no weight is ever allocated; then its
 embedding, projections, FFNs and output head are replaced by `layers`, and its norms filled with the
-packed values. Everything else (rotary embedding, attention, cache, `generate`) stays transformers'
-own. The names of the replaced modules are the same in every family that `ATTACHABLE` lists.
+packed values; caches are given their room. Everything else (rotary embedding, attention,
+`generate`) stays transformers' own. The names of the replaced modules are the same in every family
+that `ATTACHABLE` lists.
 """
 
 from typing import Any
@@ -13,11 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from csd_protocol.packed import PackedModel, Role, Site
 from host_client.runtime import kernels
 from host_client.runtime.biased import Biased
 from host_client.runtime.engine import Engine
+from host_client.runtime.kv_cache import give_room
 from host_client.runtime.layers import (
     Projection,
     StagedEmbedding,
@@ -92,7 +95,10 @@ def _entry_hook(number: int, engine: Engine) -> Any:
     def enter(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         hidden: torch.Tensor = arguments[0] if arguments else keywords["hidden_states"]
         if number == 0:
-            engine.locate(_place(hidden, keywords))
+            place = _place(hidden, keywords)
+            engine.locate(place)
+            if isinstance(place.cache, Cache):
+                give_room(place.cache, engine.plan.context)
         engine.enter(number, _rows(hidden))
 
     return enter

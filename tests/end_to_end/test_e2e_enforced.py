@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from real_model import CommandLine, Device, generate
+from real_model import MODEL, CommandLine, Device, generate
 
 from host_client.runtime.cgroup import PREFIX, Hierarchy
 from host_client.runtime.memory_limit import ALLOWANCE_BYTES, allowed
@@ -20,6 +20,14 @@ def test_the_answer_is_the_same_and_the_kernel_says_what_it_took(
     assert enforced["start_bytes"] < enforced["peak_bytes"] <= enforced["limit_bytes"]
     assert enforced["peak_bytes"] > said["host_weights_peak_bytes"]
     assert not list(hierarchy.own.glob(f"{PREFIX}*"))
+
+
+def test_a_long_prompt_stays_within_the_limit(
+    csd: CommandLine, device: Device, hierarchy: Hierarchy
+) -> None:
+    asked = ("--dram", "45%", "--prompt-tokens", 2000, "--max-new-tokens", 2, "--json")
+    enforced = csd("generate", MODEL, *asked, "--enforce", drive=device).answer["enforced"]
+    assert enforced["peak_bytes"] <= enforced["limit_bytes"]
 
 
 def test_a_refusal_inside_of_the_group_is_the_command_s_own(

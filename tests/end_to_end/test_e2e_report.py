@@ -137,7 +137,7 @@ def test_quality_is_measured_on_real_text(csd: CommandLine, device: Device, tmp_
 def test_quality_is_measured_through_a_drive(csd: CommandLine, device: Device) -> None:
     measured = csd(
         *("bench", "quality", MODEL, "--through-drive", "--tokens", 128, "--json"),
-        *("--setting", "rollout@1:0.5"),
+        *("--setting", "exact", "--setting", "rollout@1:0.5"),
         drive=device,
     ).answer
     (kept,) = measured["outcomes"]

@@ -20,7 +20,7 @@ from csd_protocol.packed import PackedModel, Role, Site
 from host_client.runtime import kernels
 from host_client.runtime.biased import Biased
 from host_client.runtime.engine import Engine
-from host_client.runtime.kv_cache import give_room
+from host_client.runtime.kv_cache import preallocate
 from host_client.runtime.layers import (
     Projection,
     StagedEmbedding,
@@ -98,7 +98,7 @@ def _entry_hook(number: int, engine: Engine) -> Any:
             place = _place(hidden, keywords)
             engine.locate(place)
             if isinstance(place.cache, Cache):
-                give_room(place.cache, engine.plan.context)
+                preallocate(place.cache, engine.plan.context)
         engine.enter(number, _rows(hidden))
 
     return enter

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer, float32 [texts, heads, tokens, width], in memory of its own.
 
     tokens_max: of all texts together.
@@ -57,8 +57,8 @@ class RoomyLayer(DynamicLayer):
         return made
 
 
-def give_room(cache: Cache, tokens_max: int) -> None:
+def preallocate(cache: Cache, tokens_max: int) -> None:
     """Makes a cache of growing layers one with room, while it is empty; others stay as they are."""
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[number] = RoomyLayer(tokens_max)
+            cache.layers[number] = PreallocatedLayer(tokens_max)

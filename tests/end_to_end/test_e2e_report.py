@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 WEIGHTS_BYTES = 269_030_016  # SmolLM2-135M at 16 bits
 ANSWER_TOKENS = 16
+ROUNDING = 1e-12  # of sums of the same times in another order
 KINDS = {
     "model": str,
     "quality": str,
@@ -136,7 +137,7 @@ def test_quality_is_measured_on_real_text(csd: CommandLine, device: Device, tmp_
 
 def test_quality_is_measured_through_a_drive(csd: CommandLine, device: Device) -> None:
     measured = csd(
-        *("bench", "quality", MODEL, "--through-drive", "--tokens", 128, "--json"),
+        *("bench", "quality", MODEL, "--through-drive", "--tokens", 64, "--json"),
         *("--setting", "exact", "--setting", "rollout@1:0.5"),
         drive=device,
     ).answer
@@ -175,7 +176,7 @@ def test_plan_keeps_to_its_budget(csd: CommandLine, device: Device) -> None:
         assert drives == ["cloud", "edge", "end", "edge-gen5"]
         for entry in plan["modelled"]:
             parts = [entry[f"{name}_ns"] for name in ("nand", "dram", "link", "host")]
-            assert max(parts) <= entry["token_ns"] <= sum(parts)
+            assert max(parts) * (1 - ROUNDING) <= entry["token_ns"] <= sum(parts) * (1 + ROUNDING)
             assert entry["compute_ns"] == 0  # exact: no program runs
 
 

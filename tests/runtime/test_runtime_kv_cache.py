@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from host_client.runtime.kv_cache import RoomyLayer
+from host_client.runtime.kv_cache import PreallocatedLayer
 from host_client.runtime.memory_limit import prompt_chunk_tokens
 from tests.runtime.decoding import decode
 
@@ -25,7 +25,7 @@ def test_a_token_is_written_where_there_is_room(lab, model, tokens_of) -> None:
     cache = DynamicCache(config=model.config)
     ids = tokens_of(lab, NAME, CONTEXT)
     model(ids[:, :5], past_key_values=cache, use_cache=True)
-    assert all(type(layer) is RoomyLayer for layer in cache.layers)
+    assert all(type(layer) is PreallocatedLayer for layer in cache.layers)
     at = addresses(cache)
     held = sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers)
     assert 2 * held == model.csd.plan.kv_bytes

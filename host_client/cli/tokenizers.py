@@ -51,7 +51,11 @@ def _digest(path: Path) -> str:
 
 
 def _keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Whole or not at all, and nothing else of this file. A cache: it may fail."""
+    """Whole or not at all, and nothing else of this file. A cache: it may fail.
+
+    Where there is no room for it, say; of that the tokenizers library says nothing narrower than
+    Exception.
+    """
     states = f"{folder.name.split('-')[0]}-*"
     made = None
     try:
@@ -61,6 +65,6 @@ def _keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         made = tempfile.mkdtemp(dir=folder.parent)
         tokenizer.save_pretrained(made)
         Path(made).rename(folder)
-    except OSError:
+    except Exception:  # noqa: BLE001
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)

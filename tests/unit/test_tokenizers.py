@@ -93,12 +93,24 @@ def test_without_a_cache_it_is_converted_each_time(
     assert len(conversions) == 2
 
 
+@pytest.mark.parametrize(
+    "owner, step, error",
+    [
+        (Path, "rename", OSError("no space left")),
+        (PreTrainedTokenizerBase, "save_pretrained", Exception("No space left on device")),
+    ],
+)
 def test_a_disk_that_is_full_leaves_no_halves(
-    source: Source, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+    source: Source,
+    conversions: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    step: str,
+    error: Exception,
 ) -> None:
-    def full(self: Path, target: Path) -> None:
-        raise OSError("no space left")
+    def full(*_: object) -> None:
+        raise error
 
-    monkeypatch.setattr(Path, "rename", full)
+    monkeypatch.setattr(owner, step, full)
     load_tokenizer(source)
     assert _kept() == []

@@ -14,6 +14,7 @@ It is a model: rates are peak ones, nothing interferes, and Python costs nothing
 measured stands in docs/BENCHMARKS.md.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -184,8 +185,9 @@ def token_time(
         chain = (rates.latency_ns + nand + compute + link) / max(1, lookahead)
         steps[:-1] = np.maximum(steps, chain)[:-1]  # the head's rows are known in advance
         steps[0] += rates.latency_ns + nand[0] + link[0]
-    nand_ns, compute_ns, dram_ns, link_ns, host_ns = parts.sum(axis=0).tolist()
-    token_ns = float(steps.sum())
+    # Rounded once, so that no part comes out longer than the token.
+    nand_ns, compute_ns, dram_ns, link_ns, host_ns = map(math.fsum, parts.T.tolist())
+    token_ns = math.fsum(steps.tolist())
     return TokenTime(rates, nand_ns, compute_ns, dram_ns, link_ns, host_ns, token_ns)
 
 

@@ -5,7 +5,7 @@ other (`rounding`). The file holds the rows; the lab computes on the values that
 both speak of the very same numbers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,7 +52,7 @@ def round_layer(
         active = moments.activity
     gate, up = _along((layer.gate, layer.up), bits, group, before_ffn)
     q, k, v = _along((layer.q, layer.k, layer.v), bits, group, before_attention)
-    (o,) = _along((layer.o,), bits, group, None)
+    o = _rounded(layer.o, round_inputs_in_order, bits, group, None)
     ffn = ShadowLayer(
         norm=layer.norm.numpy(),
         gate=gate,
@@ -88,10 +88,10 @@ _Rounding = Callable[[F32, F64, int, int], LowBitRows]
 
 
 def _along(
-    matrices: Sequence[torch.Tensor], bits: int, group: int, moments: F64 | None
+    matrices: tuple[torch.Tensor, ...], bits: int, group: int, moments: F64 | None
 ) -> Iterator[LowBitRows]:
     """Matrices that are multiplied with the same input, rounded as one: a row minds no other."""
-    low = _rounded(torch.cat(list(matrices)), round_inputs_in_order, bits, group, moments)
+    low = _rounded(torch.cat(matrices), round_inputs_in_order, bits, group, moments)
     ends = np.cumsum([matrix.shape[0] for matrix in matrices])[:-1]
     for packed, scales in zip(np.split(low.packed, ends), np.split(low.scales, ends), strict=True):
         yield LowBitRows(packed, scales)

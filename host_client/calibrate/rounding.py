@@ -7,7 +7,7 @@ Optimal Brain Surgeon). Same levels, same bytes, closed form. Rows share scales 
 `csd_protocol.low_bit`, whose layout the result has.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,14 +33,7 @@ def round_inputs_in_order(values: F32, moments: F64, bits: int, group: int) -> L
     moments: sum of x x^T over calibration inputs, float64 [hidden, hidden]. Raises ValueError when
     they are no second moments.
     """
-    rounding = _Rounding.begin(values, bits, group)
-    rows, factor, width = rounding.rows, _factor(moments), values.shape[1]
-    errors = np.empty((values.shape[0], group), np.float32)
-    for start in range(0, width, group):
-        end = start + group
-        _round_along(rows, factor, start, *rounding.rules(), errors, *rounding.results())
-        rows[:, end:] -= errors @ factor[start:end, end:]
-    return rounding.packed()
+    return _rounded(values, moments, bits, group, _round_along)
 
 
 def round_units_in_order(values: F32, moments: F64, bits: int, group: int) -> LowBitRows:
@@ -48,43 +41,21 @@ def round_units_in_order(values: F32, moments: F64, bits: int, group: int) -> Lo
 
     moments: sum of a a^T over the units' activities, float64 [units, units].
     """
-    rounding = _Rounding.begin(values, bits, group)
-    _round_across(rounding.rows, _factor(moments), *rounding.rules(), *rounding.results())
-    return rounding.packed()
+    return _rounded(values, moments, bits, group, _round_across)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rounding:
-    """Rows on their way to levels."""
-
-    rows: F32
-    bits: int
-    group: int
-    levels: U8
-    scales: F32
-
-    @staticmethod
-    def begin(values: F32, bits: int, group: int) -> "_Rounding":
-        count, width = values.shape
-        check_layout(width, bits, group)
-        if not np.isfinite(values).all():
-            raise ValueError("values to round must be finite")
-        return _Rounding(
-            rows=np.array(values, np.float32, order="C"),
-            bits=bits,
-            group=group,
-            levels=np.empty((count, width), np.uint8),
-            scales=np.empty((count, width // group), np.float32),
-        )
-
-    def rules(self) -> tuple[np.float32, int, F32]:
-        return np.float32(level_offset(self.bits)), self.group, _CLIP_RATIOS
-
-    def results(self) -> tuple[U8, F32]:
-        return self.levels, self.scales
-
-    def packed(self) -> LowBitRows:
-        return LowBitRows(pack_levels(self.levels, self.bits), self.scales.astype(np.float16))
+def _rounded(
+    values: F32, moments: F64, bits: int, group: int, walk: Callable[..., None]
+) -> LowBitRows:
+    rows, factor = np.array(values, np.float32, order="C"), _factor(moments)
+    count, width = rows.shape
+    check_layout(width, bits, group)
+    if not np.isfinite(rows).all():
+        raise ValueError("values to round must be finite")
+    levels = np.empty((count, width), np.uint8)
+    scales = np.empty((count, width // group), np.float32)
+    walk(rows, factor, np.float32(level_offset(bits)), group, _CLIP_RATIOS, levels, scales)
+    return LowBitRows(pack_levels(levels, bits), scales.astype(np.float16))
 
 
 def _factor(moments: F64) -> F32:
@@ -134,19 +105,37 @@ def _fitted_scale(values: Any, offset: Any, ratios: Any) -> Any:
     return best
 
 
-@njit(nogil=True, cache=True)
 def _round_along(
+    rows: F32,
+    factor: F32,
+    offset: np.float32,
+    group: int,
+    ratios: F32,
+    levels: U8,
+    scales: F32,
+) -> None:
+    """Inputs lie along a row: every row by itself, and groups in order, whose errors go on."""
+    count, width = rows.shape
+    errors = np.empty((count, group), np.float32)
+    for start in range(0, width, group):
+        _round_group(rows, factor, start, offset, ratios, errors, levels, scales)
+        end = start + group
+        rows[:, end:] -= errors @ factor[start:end, end:]
+
+
+@njit(nogil=True, cache=True)
+def _round_group(
     rows: Any,
     factor: Any,
     start: Any,
     offset: Any,
-    group: Any,
     ratios: Any,
     errors: Any,
     levels: Any,
     scales: Any,
 ) -> None:
-    """One group of inputs, which lie along a row; its errors [rows, group] are for later groups."""
+    """One group of inputs; its errors [rows, group] are for later ones."""
+    group = errors.shape[1]
     end = start + group
     for row in range(rows.shape[0]):
         values = rows[row]

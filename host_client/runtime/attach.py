@@ -1,4 +1,4 @@
-"""Attach an engine to a transformers model: the one file that touches transformers' classes.
+"""Attach an engine to a transformers model: the one file that touches its parts.
 
 The model is built from its config on torch's meta device, so no weight is ever allocated; then its
 embedding, projections, FFNs and output head are replaced by `layers`, and its norms filled with the
@@ -28,6 +28,7 @@ from host_client.runtime.layers import (
     StagedHead,
     StagedProjection,
 )
+from host_client.runtime.memory_limit import prompt_chunk_tokens
 from host_client.runtime.notes import Place
 from host_client.runtime.staged_experts import StagedExperts
 
@@ -64,6 +65,8 @@ def attach(model: PreTrainedModel, engine: Engine) -> None:
     body.rotary_emb = type(body.rotary_emb)(config=model.config)  # its tables, off the meta device
     head: Any = StagedHead(engine)
     model.lm_head = head
+    generation: Any = model.generation_config
+    generation.prefill_chunk_size = prompt_chunk_tokens(model.config.hidden_size)
     _check_complete(model)
 
 

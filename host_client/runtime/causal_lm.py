@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from csd_protocol.opcodes import Cns
 from csd_protocol.packed import PackedModel
@@ -31,7 +31,6 @@ from host_client.runtime.gating import Gating, choose_gating
 from host_client.runtime.guidance import Guidance, Guide, Programs, choose_guidance
 from host_client.runtime.layers import StagedFfn
 from host_client.runtime.lookahead import AUTO, Lookahead
-from host_client.runtime.memory_limit import prompt_chunk_tokens
 from host_client.runtime.plan import BUFFERS, Plan, make_plan, parse_budget
 from host_client.runtime.prefetch import Prefetcher
 from host_client.runtime.quality import Quality
@@ -141,8 +140,8 @@ class CsdModelForCausalLM:
         drive: an open `Drive`, an address, or None for an embedded one.
         dram: host memory for weights, staging buffers and KV cache: `5GiB`, bytes or `45%`.
         quality: `exact`, or what is kept in decode, like 0.5 or 0.1+correct; see `Quality`.
-        context: tokens that the KV cache has room for. Longer prompts than `prompt_chunk_tokens`
-            go through the model in pieces.
+        context: tokens that the KV cache has room for. Longer prompts than
+            `prompt_chunk_tokens` go through the model in pieces.
         lookahead: how many layers ahead the drive's program is asked (kept fraction only);
             `auto`: as many as the first tokens' times ask for.
         predictor: kind of the program that chooses; None: the best that is active.
@@ -166,7 +165,6 @@ class CsdModelForCausalLM:
             runtime = _start(opened, name, dram, settings, progress or _silent, undo)
             made = skeleton(runtime.packed)
             attach(made, runtime.engine)
-            _generation_of(made).prefill_chunk_size = prompt_chunk_tokens(made.config.hidden_size)
             if audit and not parsed.exact:
                 runtime.audited = _audit(made, runtime.engine)
             runtime.owned = undo.pop_all()
@@ -188,11 +186,6 @@ class _Settings:
 def runtime_of(model: PreTrainedModel) -> CsdRuntime:
     """The runtime behind a model that `from_pretrained` made."""
     return cast(CsdRuntime, model.csd)
-
-
-def _generation_of(model: PreTrainedModel) -> GenerationConfig:
-    assert isinstance(model.generation_config, GenerationConfig)
-    return model.generation_config
 
 
 def _open_drive(drive: Drive | str | None, undo: ExitStack) -> Drive:

@@ -48,8 +48,12 @@ class PreallocatedLayer(DynamicLayer):
     ) -> torch.Tensor:
         """The store of what is held, with room for `end` tokens of each text."""
         texts, heads, _, width = new.shape
-        is_its_own = store is not None and (not held.numel() or held.data_ptr() == store.data_ptr())
-        if store is not None and is_its_own and texts == store.shape[0] and end <= store.shape[2]:
+        if (
+            store is not None
+            and texts == store.shape[0]
+            and end <= store.shape[2]
+            and (not held.numel() or held.data_ptr() == store.data_ptr())
+        ):
             return store
         made = new.new_empty(texts, heads, max(end, self._tokens_max // texts), width)
         if held.numel():

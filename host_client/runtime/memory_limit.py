@@ -15,7 +15,7 @@ compiled kernels, the tokenizer (docs/BENCHMARKS.md has what they take). At leas
 _BEHIND_START_BYTES = 152 << 20  # of it, for what comes with the weights: activations and the like
 _BYTES_PER_TABLE_BYTE = 512  # page tables: eight bytes for each page of 4 KiB
 _PROMPT_BYTES = 32 << 20  # of what comes with the weights: activations of a prompt
-_CHUNK_TOKENS_MAX = 512  # more at once is no faster
+_CHUNK_TOKENS_MAX = 512  # 1,024 were no faster, and left more behind them
 _LIVE_TENSORS = 10  # of a prompt, float32 and as wide as its hidden state; 9.6 were measured
 
 
